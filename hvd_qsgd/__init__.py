@@ -1,0 +1,36 @@
+"""Gradient compression for stock Horovod.
+
+    from hvd_qsgd.torch import QSGDCompressor
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=QSGDCompressor)
+
+Importing this package imports NumPy at most; frameworks and Horovod are imported by the
+subpackages that need them, when they need them.
+"""
+
+from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK, codec_from_config
+from hvd_qsgd.errors import (
+    ConfigError,
+    ExchangeError,
+    HvdQsgdError,
+    PayloadError,
+    SetupError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QSGD",
+    "Cast",
+    "Codec",
+    "ConfigError",
+    "ExchangeError",
+    "HvdQsgdError",
+    "Identity",
+    "PayloadError",
+    "SetupError",
+    "TopK",
+    "UnsupportedError",
+    "__version__",
+    "codec_from_config",
+]

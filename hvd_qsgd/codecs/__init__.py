@@ -1,0 +1,32 @@
+"""Codecs: what is sent. One file per codec; the registry below is the only list of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvd_qsgd.codecs.base import Codec, Kernels
+from hvd_qsgd.codecs.cast import Cast
+from hvd_qsgd.codecs.identity import Identity
+from hvd_qsgd.codecs.qsgd import QSGD
+from hvd_qsgd.codecs.topk import TopK
+from hvd_qsgd.errors import ConfigError
+
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (QSGD, TopK, Identity, Cast)}
+
+__all__ = ["CODECS", "QSGD", "Cast", "Codec", "Identity", "Kernels", "TopK", "codec_from_config"]
+
+
+def codec_from_config(config: dict[str, Any]) -> Codec:
+    """Rebuild a codec from :meth:`Codec.config`.
+
+    Raises:
+        ConfigError: an unknown codec or field, or a value out of range.
+    """
+    fields = dict(config)
+    name = fields.pop("codec", None)
+    if name not in CODECS:
+        raise ConfigError(f"Unknown codec {name!r}; known are {', '.join(sorted(CODECS))}.")
+    try:
+        return CODECS[name](**fields)
+    except TypeError as error:
+        raise ConfigError(f"Configuration {config} does not fit the codec {name!r}: {error}.") from error

@@ -1,0 +1,159 @@
+"""What every codec offers.
+
+A codec is a frozen, validated record that turns a float32 vector into bytes and back. It
+knows no framework and no Horovod. Its own methods are the NumPy specification; faster
+implementations in :mod:`hvd_qsgd.kernels` offer the same three ``*_into`` methods and are
+tested to produce the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from hvd_qsgd.errors import ConfigError, PayloadError
+
+#: What decoding does with its output: overwrite it, add to it, or subtract from it.
+MODES = ("set", "add", "subtract")
+
+
+class Kernels(Protocol):
+    """The hot functions of a codec, over the arrays of one backend.
+
+    ``x`` and ``out`` of a decode are flat, contiguous float32; payloads are flat uint8.
+    """
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:
+        """Encode ``x`` into the start of ``out`` and return the number of bytes written.
+
+        ``first`` is the position of ``x[0]`` in its tensor, a multiple of the codec's
+        granularity: it picks the random words, so that a tensor encoded in parts gives
+        the codes of the tensor encoded whole.
+        """
+        ...
+
+    def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
+        """Decode ``payload`` and set, add to or subtract from ``out``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(ABC):
+    """Base of all codecs. Subclasses are frozen dataclasses whose fields are the configuration."""
+
+    #: Name in the registry and in configurations.
+    name: ClassVar[str]
+    #: Version of the byte format; new bytes mean a new version.
+    version: ClassVar[int] = 1
+    #: Names of the exchanges that can carry this codec.
+    exchanges: ClassVar[tuple[str, ...]] = ("allgather", "scatter_gather")
+    #: Whether the size of a payload depends on the values.
+    variable_size: ClassVar[bool] = False
+
+    @property
+    def codec(self) -> Codec:
+        """The codec itself: it is its own NumPy kernels."""
+        return self
+
+    @property
+    def granularity(self) -> int:
+        """Elements that share state and cannot be parted: a tensor may be cut at multiples of it.
+
+        0 means that a tensor cannot be cut at all.
+        """
+        return 1
+
+    @property
+    def biased(self) -> bool:
+        """Whether the expectation of the decoded value differs from the input."""
+        return False
+
+    @property
+    def value_dtype(self) -> type | None:
+        """float32, or None for codecs that say nothing about single values."""
+        return np.float32
+
+    @abstractmethod
+    def payload_size(self, length: int) -> int:
+        """Bytes of the payload of ``length`` elements: exact, or an upper bound if ``variable_size``."""
+
+    @abstractmethod
+    def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
+        """See :meth:`Kernels.encode_into`."""
+
+    @abstractmethod
+    def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
+        """See :meth:`Kernels.decode_into`."""
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as a dictionary that survives JSON; see :func:`codec_from_config`."""
+        return {"codec": self.name, **dataclasses.asdict(self)}
+
+    def encode(self, x: Any, key: int = 0) -> np.ndarray:
+        """Encode any real array: the convenient form of :meth:`encode_into`.
+
+        Args:
+            x: array of any shape and any floating dtype; converted to float32 in C order.
+                Values that float32 cannot hold count as infinite.
+            key: 64-bit key of the random words (see :mod:`hvd_qsgd.random_words`).
+
+        Returns:
+            The payload, uint8 of shape (bytes,).
+
+        Raises:
+            ConfigError: ``x`` is not a real floating-point or integer array.
+        """
+        with np.errstate(over="ignore"):
+            array = np.asarray(x)
+            if array.dtype.kind in "cOSUMm":
+                raise ConfigError(f"Cannot encode an array of dtype {array.dtype}: only real numbers can be compressed.")
+            flat = np.ascontiguousarray(array, np.float32).reshape(-1)
+        out = np.empty(self.payload_size(flat.size), np.uint8)
+        return out[: self.encode_into(flat, out, key)]
+
+    def decode(self, payload: np.ndarray, shape: Any) -> np.ndarray:
+        """Decode a payload into a new float32 array of the given shape.
+
+        Raises:
+            PayloadError: the payload does not fit the shape or is damaged.
+        """
+        out = np.empty(shape, np.float32)
+        self.decode_into(np.asarray(payload, np.uint8), out.reshape(-1))
+        return out
+
+    def check_payload(self, payload: Any, length: int) -> None:
+        """Raise PayloadError unless a fixed-size payload has the size that ``length`` elements take."""
+        expected = self.payload_size(length)
+        if len(payload) != expected:
+            raise PayloadError(
+                f"A {self.name} payload of {length} elements has {expected} bytes, but {len(payload)} came. "
+                f"Decode with the configuration and the shape it was encoded with: {self.config()}"
+            )
+
+
+def combine(out: np.ndarray, values: np.ndarray, mode: str) -> None:
+    """Set, add or subtract ``values``: what the ``mode`` of a decode means."""
+    if mode == "set":
+        out[...] = values
+    elif mode == "add":
+        out += values
+    elif mode == "subtract":
+        out -= values
+    else:
+        raise ConfigError(f"mode={mode!r} is not one of {MODES}.")
+
+
+def check_choice(codec: str, field: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{codec}: {field}={value!r} is not one of {', '.join(map(repr, choices))}.")
+
+
+def check_integer(codec: str, field: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise ConfigError(f"{codec}: {field}={value!r} must be a whole number from {low} to {high}.")

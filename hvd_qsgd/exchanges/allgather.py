@@ -1,0 +1,40 @@
+"""allgather: every rank sends its payloads to all others, and each decodes them all.
+
+(n-1) payloads a rank, one phase, no second rounding. The only exchange for payloads of
+variable size, and the best one for two or three ranks.
+"""
+
+from __future__ import annotations
+
+from hvd_qsgd.exchanges.base import AllGather, Job, Steps, aligned, read_words, write_header
+
+
+def allgather(job: Job) -> Steps:
+    """Message of a rank: fingerprint, the size of each payload, the payloads (4-byte aligned)."""
+    fingerprint = job.fingerprint("allgather")
+    head = 4 * (1 + len(job.pieces))
+    message = job.empty(head + sum(aligned(job.codec.payload_size(len(piece.x))) for piece in job.pieces), "uint8")
+    write_header(message, fingerprint)
+    at = head
+    for index, piece in enumerate(job.pieces):
+        size = job.kernels.encode_into(piece.x, message[at:], piece.key(), piece.first)
+        write_header(message[4 * (1 + index) :], size)
+        if piece.keep_error:
+            job.kernels.decode_into(message[at : at + size], piece.x, "subtract")
+        job.payload_bytes += size
+        at += aligned(size)
+
+    gathered = yield AllGather(f"{job.name}.allgather", message[:at])
+
+    job.wire_bytes += len(gathered) - at
+    at = 0
+    for rank in range(job.ranks):
+        words = read_words(gathered[at : at + head], len(job.pieces) + 1)
+        if len(words) != len(job.pieces) + 1 or words[0] != fingerprint:
+            raise job.disagreement(f"rank {rank} sent something else than was expected")
+        at += head
+        for piece, size in zip(job.pieces, words[1:]):
+            job.kernels.decode_into(gathered[at : at + size], piece.out, "add" if rank else "set")
+            at += aligned(size)
+    for piece in job.pieces:
+        piece.out /= job.ranks

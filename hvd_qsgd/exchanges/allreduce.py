@@ -1,0 +1,80 @@
+"""allreduce: levels on scales that all ranks share, added up inside int32 words.
+
+Exactly linear: one rounding, and whatever reduces int32 words can carry it (NCCL,
+hierarchical allreduce, Horovod's fusion). A rank that has joined contributes zero bits,
+which are level 0 here.
+Source: the principle of Global-QSGD (Xin et al., arXiv 2305.18627) and SwitchML (Sapio et
+al., NSDI 2021); the packing into lanes is described in ``docs/wire-format.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from hvd_qsgd.codecs.base import Kernels
+from hvd_qsgd.exchanges.base import AllReduce, Job, Steps
+
+FINGERPRINT_MAX = 0x7FFFFFFF
+
+
+class LaneKernels(Kernels, Protocol):
+    """What a codec's kernels offer beyond encode and decode to ride this exchange."""
+
+    def agree_into(self, x: Any, out: Any) -> None:
+        """int32 words whose maximum over ranks makes the common scales; none is negative."""
+        ...
+
+    def to_lanes(self, x: Any, agreed: Any, ranks: int, out: Any, key: int = 0, first: int = 0) -> None:
+        """Round ``x`` on the common scales into int32 words that can be added up."""
+        ...
+
+    def from_lanes(self, sums: Any, agreed: Any, ranks: int, out: Any, count: int) -> None:
+        """The sum of ``ranks`` ranks' words, divided by ``count``, as float32."""
+        ...
+
+
+def allreduce(job: Job) -> Steps:
+    """Two allreduces: the maximum of [fingerprint, its complement, scales], the sum of [1, lanes]."""
+    kernels: Any = job.kernels
+    codec: Any = job.codec
+    fingerprint = job.fingerprint("allreduce")
+    agreement_lengths = [codec.agreement_length(len(piece.x)) for piece in job.pieces]
+    lane_lengths = [codec.lanes_length(len(piece.x), job.ranks) for piece in job.pieces]
+
+    agreed = job.empty(2 + sum(agreement_lengths), "int32")
+    agreed[0], agreed[1] = fingerprint, FINGERPRINT_MAX - fingerprint
+    at = 2
+    for piece, length in zip(job.pieces, agreement_lengths):
+        kernels.agree_into(piece.x, agreed[at : at + length])
+        at += length
+
+    agreed = yield AllReduce(f"{job.name}.scales", agreed, "max")
+
+    if (int(agreed[0]), int(agreed[1])) != (fingerprint, FINGERPRINT_MAX - fingerprint):
+        raise job.disagreement("the ranks do not agree on what they exchange")
+    lanes = job.empty(1 + sum(lane_lengths), "int32")
+    lanes[0] = 1
+    scale_at, lane_at = 2, 1
+    for piece, scale_length, lane_length in zip(job.pieces, agreement_lengths, lane_lengths):
+        scales = agreed[scale_at : scale_at + scale_length]
+        words = lanes[lane_at : lane_at + lane_length]
+        kernels.to_lanes(piece.x, scales, job.ranks, words, piece.key(), piece.first)
+        if piece.keep_error:
+            own = job.empty(len(piece.x), "float32")
+            kernels.from_lanes(words, scales, job.ranks, own, 1)
+            piece.x -= own
+        scale_at += scale_length
+        lane_at += lane_length
+    job.payload_bytes += 4 * (len(agreed) + len(lanes))
+
+    sums = yield AllReduce(f"{job.name}.lanes", lanes, "sum")
+
+    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * (len(agreed) + len(lanes))
+    # Joined ranks count neither here nor in the carrier, whose product with this mean is right.
+    contributors = int(sums[0])
+    scale_at, lane_at = 2, 1
+    for piece, scale_length, lane_length in zip(job.pieces, agreement_lengths, lane_lengths):
+        scales = agreed[scale_at : scale_at + scale_length]
+        kernels.from_lanes(sums[lane_at : lane_at + lane_length], scales, job.ranks, piece.out, contributors)
+        scale_at += scale_length
+        lane_at += lane_length

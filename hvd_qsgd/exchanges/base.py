@@ -1,0 +1,192 @@
+"""The parts that exchanges are made of.
+
+An exchange is a generator: it yields the collective it wants (:class:`AllGather`,
+:class:`AllToAll`, :class:`AllReduce`) and is resumed with the outcome. It is written once
+and runs over Horovod, over mpi4py, or with all ranks in one process
+(:mod:`hvd_qsgd.collectives`), and any number of exchanges can be under way at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Union
+
+import numpy as np
+
+from hvd_qsgd.codecs.base import Codec, Kernels
+from hvd_qsgd.errors import ExchangeError
+from hvd_qsgd.random_words import key_of
+
+#: Payloads start at multiples of this many bytes inside a message.
+ALIGNMENT = 4
+
+
+@dataclass
+class AllGather:
+    """Gather each rank's bytes; the outcome is one array with all of them in rank order."""
+
+    name: str
+    array: Any
+
+
+@dataclass
+class AllToAll:
+    """Send ``splits[r]`` bytes to rank ``r``; the outcome is (array in rank order, sizes received)."""
+
+    name: str
+    array: Any
+    splits: list[int]
+
+
+@dataclass
+class AllReduce:
+    """Reduce int32 words in place with "sum" or "max"; the outcome is the array."""
+
+    name: str
+    array: Any
+    op: str
+
+
+Request = Union[AllGather, AllToAll, AllReduce]
+Steps = Generator[Request, Any, None]
+
+
+class Empty(Protocol):
+    """Makes an uninitialized flat array of the job's backend and device."""
+
+    def __call__(self, length: int, dtype: str) -> Any: ...
+
+
+@dataclass
+class Piece:
+    """A run of consecutive elements of one tensor.
+
+    Args:
+        name: of the tensor.
+        x: what this rank contributes, flat float32.
+        out: receives the mean over ranks, flat float32; may be the memory of ``x`` unless
+            ``keep_error``.
+        stream, step: of the random words (see :mod:`hvd_qsgd.random_words`).
+        first: position of ``x[0]`` in its tensor.
+        keep_error: leave in ``x`` what this rank could not send: the new residual.
+    """
+
+    name: str
+    x: Any
+    out: Any
+    stream: int = 0
+    step: int = 0
+    first: int = 0
+    keep_error: bool = False
+
+    def key(self, phase: int = 0) -> int:
+        return key_of(self.stream, self.step, phase)
+
+
+@dataclass
+class Segment:
+    """The part of a piece that lies in one shard, and where its payload stands in the message."""
+
+    piece: Piece
+    start: int
+    stop: int
+    offset: int
+    size: int
+
+    @property
+    def first(self) -> int:
+        return self.piece.first + self.start
+
+    def of(self, array: Any) -> Any:
+        return array[self.start : self.stop]
+
+    def payload(self, message: Any) -> Any:
+        return message[self.offset : self.offset + self.size]
+
+
+@dataclass
+class Job:
+    """One exchange: some pieces that travel together between the ranks of one group.
+
+    After it ran, ``payload_bytes`` is the size of this rank's own payload and
+    ``wire_bytes`` what this rank sends when collectives run as rings.
+    """
+
+    name: str
+    pieces: Sequence[Piece]
+    kernels: Kernels
+    rank: int
+    ranks: int
+    empty: Empty
+    payload_bytes: int = field(default=0, init=False)
+    wire_bytes: float = field(default=0, init=False)
+
+    @property
+    def codec(self) -> Codec:
+        return self.kernels.codec
+
+    def fingerprint(self, exchange: str) -> int:
+        """31 bits that differ when two ranks do not mean the same exchange."""
+        shape = [(piece.name, piece.first, len(piece.x)) for piece in self.pieces]
+        text = json.dumps([exchange, self.codec.version, self.codec.config(), shape, self.ranks], sort_keys=True)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
+
+    def disagreement(self, detail: str) -> ExchangeError:
+        return ExchangeError(
+            f"Rank {self.rank}, exchange {self.name!r}: {detail}. All ranks must run the same model with the same "
+            f"compressor settings; here they are {self.codec.config()}."
+        )
+
+
+HEADER_BYTES = 4
+
+
+def write_header(message: Any, value: int) -> None:
+    """Put a fingerprint at the start of a message of any backend's bytes."""
+    for i in range(HEADER_BYTES):
+        message[i] = (value >> (8 * i)) & 0xFF
+
+
+def read_words(message: Any, count: int) -> list[int]:
+    """The first ``count`` little-endian uint32 of a message of any backend's bytes."""
+    head = message[: 4 * count]
+    if not isinstance(head, np.ndarray):
+        head = head.cpu().numpy()
+    return [int(word) for word in np.frombuffer(head.tobytes(), "<u4")]
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def shards_of(job: Job) -> list[list[Segment]]:
+    """Cut the pieces, laid end to end, into one shard a rank.
+
+    Cuts fall between buckets, and the numbers of buckets of two shards differ by one at
+    most. The payload offsets leave room for a header.
+    """
+    unit = job.codec.granularity
+    units = [-(-len(piece.x) // unit) for piece in job.pieces]
+    total = sum(units)
+    shards: list[list[Segment]] = []
+    for rank in range(job.ranks):
+        low, high = total * rank // job.ranks, total * (rank + 1) // job.ranks
+        segments, before, offset = [], 0, HEADER_BYTES
+        for piece, count in zip(job.pieces, units):
+            start = max(low - before, 0) * unit
+            stop = min((high - before) * unit, len(piece.x))
+            before += count
+            if start < stop:
+                size = job.codec.payload_size(stop - start)
+                segments.append(Segment(piece, start, stop, offset, size))
+                offset += aligned(size)
+        shards.append(segments)
+    return shards
+
+
+def shard_bytes(segments: list[Segment]) -> int:
+    """Length of the message that carries a shard."""
+    return segments[-1].offset + aligned(segments[-1].size) if segments else HEADER_BYTES

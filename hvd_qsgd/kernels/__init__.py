@@ -1,0 +1,49 @@
+"""Kernels: the same functions as the codecs' NumPy code, faster or on another device.
+
+Each module below offers the codec's kernels class for one backend and must produce the same
+bytes; ``tests/test_kernels.py`` runs the same checker on all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from hvd_qsgd.codecs.base import Codec, Kernels
+from hvd_qsgd.errors import ConfigError
+
+#: backend -> codec name -> "module:class". A codec without an entry for a backend over NumPy
+#: arrays runs its NumPy code there.
+KERNELS: dict[str, dict[str, str]] = {
+    "numpy": {},
+    "numba": {
+        "qsgd": "hvd_qsgd.kernels.numba.qsgd:QSGDKernels",
+        "topk": "hvd_qsgd.kernels.numba.topk:TopKKernels",
+    },
+    "torch": {
+        "qsgd": "hvd_qsgd.kernels.torch.qsgd:QSGDKernels",
+        "topk": "hvd_qsgd.kernels.torch.topk:TopKKernels",
+        "identity": "hvd_qsgd.kernels.torch.plain:IdentityKernels",
+        "cast": "hvd_qsgd.kernels.torch.plain:CastKernels",
+    },
+}
+#: Backends whose arrays are NumPy arrays, so that the specification can stand in.
+NUMPY_ARRAYS = ("numpy", "numba")
+
+
+@functools.lru_cache(maxsize=None)
+def kernels_for(codec: Codec, backend: str) -> Kernels:
+    """The kernels of a codec on a backend: "numpy", "numba" (CPU) or "torch" (any torch device).
+
+    Raises:
+        ConfigError: no such backend, or it has no kernels for this codec.
+    """
+    if backend not in KERNELS:
+        raise ConfigError(f"Unknown backend {backend!r}; known are {', '.join(KERNELS)}.")
+    entry = KERNELS[backend].get(codec.name)
+    if entry is None:
+        if backend in NUMPY_ARRAYS:
+            return codec
+        raise ConfigError(f"The codec {codec.name!r} has no {backend} kernels; it runs on the CPU only.")
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)(codec)  # type: ignore[no-any-return]

@@ -1,0 +1,67 @@
+"""32-bit operations that Numba's own typing would widen to 64 bits.
+
+Numba types ``uint32 * uint32`` as uint64, and the vector multiplication of 64-bit products
+has half the lanes. These intrinsics emit the 32-bit instructions directly.
+"""
+
+from __future__ import annotations
+
+import llvmlite.ir as ir
+from numba import types
+from numba.extending import intrinsic
+
+from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
+
+I32 = ir.IntType(32)
+
+
+def constant(value: int) -> ir.Constant:
+    return ir.Constant(I32, value)
+
+
+@intrinsic
+def random_word(typingctx, index, key_low, key_high):  # type: ignore[no-untyped-def]
+    """One word of :func:`hvd_qsgd.random_words.words`; all arguments and the result are uint32."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        index, key_low, key_high = arguments
+        h = builder.add(index, key_low)
+        h = builder.xor(h, builder.lshr(h, constant(16)))
+        h = builder.mul(h, constant(MULTIPLIER_1))
+        h = builder.xor(h, builder.lshr(h, constant(15)))
+        h = builder.add(h, key_high)
+        h = builder.mul(h, constant(MULTIPLIER_2))
+        return builder.xor(h, builder.lshr(h, constant(15)))
+
+    return types.uint32(types.uint32, types.uint32, types.uint32), codegen
+
+
+@intrinsic
+def low_half(typingctx, word):  # type: ignore[no-untyped-def]
+    """Bits 0..15 of a uint32, as int32."""
+    return types.int32(types.uint32), lambda c, builder, s, a: builder.and_(a[0], constant(0xFFFF))
+
+
+@intrinsic
+def high_half(typingctx, word):  # type: ignore[no-untyped-def]
+    """Bits 16..31 of a uint32, as int32."""
+    return types.int32(types.uint32), lambda c, builder, s, a: builder.lshr(a[0], constant(16))
+
+
+@intrinsic
+def offset_level(typingctx, scaled, fraction, offset, top):  # type: ignore[no-untyped-def]
+    """``clip(rint(scaled) + fraction + offset, 0, top) >> 16``: a level plus s, as int32.
+
+    ``scaled`` is float32 within 2^24 of zero; the others are int32.
+    """
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        scaled, fraction, offset, top = arguments
+        rint = builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()])
+        fixed = builder.fptosi(builder.call(rint, [scaled]), I32)
+        value = builder.add(builder.add(fixed, fraction), offset)
+        value = builder.select(builder.icmp_signed("<", value, constant(0)), constant(0), value)
+        value = builder.select(builder.icmp_signed(">", value, top), top, value)
+        return builder.lshr(value, constant(16))
+
+    return types.int32(types.float32, types.int32, types.int32, types.int32), codegen

@@ -1,0 +1,213 @@
+"""TopK on the CPU. The bytes are specified by :mod:`hvd_qsgd.codecs.topk`.
+
+Selection is exact: a histogram over exponent and leading mantissa bits finds the bin of
+the k-th largest value, a second pass gathers what lies in that bin or above, and only
+those few are ordered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from hvd_qsgd.codecs.base import MODES, combine
+from hvd_qsgd.codecs.topk import (
+    BITMAP,
+    GAPS,
+    HEADER,
+    INFINITY_BITS,
+    LARGEST_HALF,
+    NOT_FINITE,
+    PLAIN,
+    TopK,
+    form_size,
+    smallest_form,
+)
+from hvd_qsgd.errors import PayloadError
+
+#: Magnitudes have 31 bits; the bins take the upper 11 of them.
+BIN_SHIFT = 20
+BINS = 1 << (31 - BIN_SHIFT)
+jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+
+@jit
+def histogram(patterns, counts):  # type: ignore[no-untyped-def]
+    """Count magnitudes by bin; returns the number of zeros."""
+    zeros = 0
+    for i in range(len(patterns)):
+        magnitude = patterns[i] & np.int32(0x7FFFFFFF)
+        counts[magnitude >> BIN_SHIFT] += 1
+        zeros += magnitude == 0
+    return zeros
+
+
+@jit
+def gather(patterns, lowest, positions):  # type: ignore[no-untyped-def]
+    """Positions of the magnitudes of at least ``lowest``, ascending; returns their number."""
+    found = 0
+    for i in range(len(patterns)):
+        if patterns[i] & np.int32(0x7FFFFFFF) >= lowest:
+            positions[found] = i
+            found += 1
+    return found
+
+
+@jit
+def keep_largest(magnitudes, threshold, equal, positions):  # type: ignore[no-untyped-def]
+    """Compact ``positions`` to those above the threshold and the first ``equal`` at it."""
+    kept = 0
+    for i in range(len(magnitudes)):
+        if magnitudes[i] > threshold or (magnitudes[i] == threshold and equal > 0):
+            equal -= magnitudes[i] == threshold
+            positions[kept] = positions[i]
+            kept += 1
+
+
+@jit
+def pack_bits_at(out, at, value, width):  # type: ignore[no-untyped-def]
+    """Or ``width`` bits of ``value`` into a zeroed bit stream at bit ``at``."""
+    while width > 0:
+        room = 8 - (at & 7)
+        out[at >> 3] |= (value << (at & 7)) & 0xFF
+        value >>= room
+        width -= room
+        at += room
+
+
+@jit
+def read_bits_at(data, at, width):  # type: ignore[no-untyped-def]
+    value = np.int64(0)
+    taken = 0
+    while taken < width:
+        value |= np.int64(data[at >> 3] >> (at & 7)) << taken
+        step = 8 - (at & 7)
+        taken += step
+        at += step
+    return value & ((np.int64(1) << width) - 1)
+
+
+@jit
+def pack_positions(positions, out, form, low_bits):  # type: ignore[no-untyped-def]
+    """See :func:`hvd_qsgd.codecs.topk.pack_positions`."""
+    out[:] = 0
+    count = len(positions)
+    high = ((count * low_bits + 7) // 8) * 8
+    mask = (np.int64(1) << low_bits) - 1
+    for i in range(count):
+        position = np.int64(positions[i])
+        if form == BITMAP:
+            out[position >> 3] |= 1 << (position & 7)
+        else:
+            pack_bits_at(out, i * low_bits, position & mask, low_bits)
+            if form == GAPS:
+                mark = high + (position >> low_bits) + i
+                out[mark >> 3] |= 1 << (mark & 7)
+
+
+@jit
+def unpack_positions(data, positions, form, low_bits):  # type: ignore[no-untyped-def]
+    """The inverse of :func:`pack_positions`; returns how many positions the payload marks."""
+    count = len(positions)
+    if form == PLAIN:
+        for i in range(count):
+            positions[i] = read_bits_at(data, i * low_bits, low_bits)
+        return count
+    high = (count * low_bits + 7) // 8
+    found = 0
+    for byte in range(high, len(data)):
+        bits = data[byte]
+        slot = 0
+        while bits:
+            if bits & 1:
+                if found == count:
+                    return count + 1
+                mark = np.int64((byte - high) * 8 + slot)
+                if form == GAPS:
+                    mark = ((mark - found) << low_bits) | read_bits_at(data, found * low_bits, low_bits)
+                positions[found] = mark
+                found += 1
+            bits >>= 1
+            slot += 1
+    return found
+
+
+@jit
+def ascending_below(positions, length):  # type: ignore[no-untyped-def]
+    last = np.int64(-1)
+    for i in range(len(positions)):
+        if positions[i] <= last or positions[i] >= length:
+            return False
+        last = positions[i]
+    return True
+
+
+@jit
+def scatter(positions, values, out, mode):  # type: ignore[no-untyped-def]
+    for i in range(len(positions)):
+        if mode == 2:
+            out[positions[i]] -= values[i]
+        else:
+            out[positions[i]] += values[i]
+
+
+@dataclass(frozen=True)
+class TopKKernels:
+    """Numba implementation of a TopK codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
+
+    codec: TopK
+
+    def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
+        patterns = x.view(np.int32)
+        counts = np.zeros(BINS, np.int64)
+        zeros = histogram(patterns, counts)
+        if counts[INFINITY_BITS >> BIN_SHIFT :].any():
+            out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
+            return HEADER.size
+        positions = self._largest(patterns, counts, min(self.codec.kept(x.size), x.size - zeros))
+        count = len(positions)
+        form, low_bits = smallest_form(x.size, count)
+        out[: HEADER.size] = np.frombuffer(HEADER.pack(form, low_bits, count), np.uint8)
+        values = x[positions]
+        if self.codec.values == "float16":
+            values = np.clip(values, -LARGEST_HALF, LARGEST_HALF).astype("<f2")
+        at = HEADER.size + values.nbytes
+        out[HEADER.size : at] = values.view(np.uint8)
+        end = at + form_size(x.size, count, form, low_bits)
+        pack_positions(positions, out[at:end], form, low_bits)
+        return end
+
+    @staticmethod
+    def _largest(patterns: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
+        """Positions of the ``count`` largest, ascending; of equal ones those that stand first."""
+        if count == 0:
+            return np.empty(0, np.int64)
+        at_least = np.cumsum(counts[::-1])[::-1]
+        lowest_bin = int(np.flatnonzero(at_least >= count)[-1])
+        positions = np.empty(at_least[lowest_bin], np.int64)
+        # Zeros share the lowest bin with the smallest numbers, but are never gathered.
+        positions = positions[: gather(patterns, np.int32(max(lowest_bin << BIN_SHIFT, 1)), positions)]
+        magnitudes = patterns[positions] & np.int32(0x7FFFFFFF)
+        threshold = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
+        keep_largest(magnitudes, threshold, count - int((magnitudes > threshold).sum()), positions)
+        return positions[:count]
+
+    def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
+        codec = self.codec
+        form, low_bits, count = codec.check_header(payload, out.size, len(payload))
+        if form == NOT_FINITE:
+            combine(out, np.full(out.size, np.nan, np.float32), mode)
+            return
+        end = HEADER.size + count * codec.value_bytes
+        values = codec.unpack_values(payload[HEADER.size : end])
+        positions = np.empty(count, np.int64)
+        marked = unpack_positions(payload[end:], positions, form, low_bits)
+        if marked != count:
+            raise PayloadError(f"A topk payload announces {count} values, but does not mark {count} positions.")
+        if not ascending_below(positions, out.size):
+            raise PayloadError(f"A topk payload of {out.size} elements holds positions not ascending or too large.")
+        if mode == "set":
+            out[...] = 0
+        scatter(positions, values, out, MODES.index(mode))
