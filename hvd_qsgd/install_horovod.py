@@ -12,7 +12,6 @@ Only the standard library is used, so that the module runs before anything is in
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import os
@@ -222,14 +221,3 @@ def install(*, mpi: bool = True, gpu: bool = False, force: bool = False, log: Pa
         "Installing Horovod",
         "seconds",
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--without-mpi", action="store_true", help="build with Gloo alone")
-    parser.add_argument("--gpu", action="store_true", help="build GPU collectives over NCCL (needs CUDA and NCCL)")
-    parser.add_argument("--force", action="store_true", help="build again even if Horovod is installed or cached")
-    parser.add_argument("--log", type=Path, help="where the compiler's output goes")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    install(mpi=not arguments.without_mpi, gpu=arguments.gpu, force=arguments.force, log=arguments.log)

@@ -112,7 +112,9 @@ class Codec(ABC):
         with np.errstate(over="ignore"):
             array = np.asarray(x)
             if array.dtype.kind in "cOSUMm":
-                raise ConfigError(f"Cannot encode an array of dtype {array.dtype}: only real numbers can be compressed.")
+                raise ConfigError(
+                    f"Cannot encode an array of dtype {array.dtype}: only real numbers can be compressed."
+                )
             flat = np.ascontiguousarray(array, np.float32).reshape(-1)
         out = np.empty(self.payload_size(flat.size), np.uint8)
         return out[: self.encode_into(flat, out, key)]

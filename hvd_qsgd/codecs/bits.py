@@ -30,7 +30,7 @@ def pack_planes(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
         codes: uint8, shape (rows, length).
         out: uint8, shape (rows, planes_size(length, bits)); overwritten.
     """
-    rows, length = codes.shape
+    length = codes.shape[1]
     column = shift = 0
     for width in plane_widths(bits):
         stride = -(-length * width // 8)
@@ -52,7 +52,8 @@ def unpack_planes(packed: np.ndarray, length: int, bits: int) -> np.ndarray:
         plane = packed[:, column : column + stride]
         for slot in range(8 // width):
             part = codes[:, slot * stride : (slot + 1) * stride]
-            part |= ((plane[:, : part.shape[1]] >> (slot * width)) & ((1 << width) - 1)) << shift
+            code_bits = (plane[:, : part.shape[1]] >> np.uint8(slot * width)) & np.uint8((1 << width) - 1)
+            part |= code_bits << np.uint8(shift)
         column += stride
         shift += width
     return codes

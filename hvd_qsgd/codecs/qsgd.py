@@ -222,7 +222,7 @@ class QSGD(Codec):
         value = np.clip(value, 0, ((2 * s + 1) << FRACTION_BITS) - 1)
         return (value >> FRACTION_BITS) - s
 
-    def _fractions(self, shape: tuple[int, int], key: int, bucket: int) -> np.ndarray:
+    def _fractions(self, shape: tuple[int, ...], key: int, bucket: int) -> np.ndarray:
         """What is added before the fraction is dropped: int32 in 0..65535."""
         rows, length = shape
         if self.rounding == "nearest":

@@ -36,7 +36,9 @@ def perform(requests: Sequence[Request], ranks: int) -> list[Any]:
     """The outcome of one collective for each rank."""
     first = requests[0]
     if len(requests) != ranks or any((type(r), r.name) != (type(first), first.name) for r in requests):
-        raise ExchangeError(f"The ranks ask for different collectives: {[(type(r).__name__, r.name) for r in requests]}")
+        raise ExchangeError(
+            f"The ranks ask for different collectives: {[(type(r).__name__, r.name) for r in requests]}"
+        )
     if isinstance(first, AllGather):
         gathered = np.concatenate([request.array for request in requests])
         return [gathered.copy() for _ in requests]

@@ -21,7 +21,7 @@ def allgather(job: Job) -> Steps:
         write_header(message[4 * (1 + index) :], size)
         if piece.keep_error:
             job.kernels.decode_into(message[at : at + size], piece.x, "subtract")
-        job.payload_bytes += size
+        piece.payload_bytes = size
         at += aligned(size)
 
     gathered = yield AllGather(f"{job.name}.allgather", message[:at])

@@ -63,9 +63,9 @@ def allreduce(job: Job) -> Steps:
             own = job.empty(len(piece.x), "float32")
             kernels.from_lanes(words, scales, job.ranks, own, 1)
             piece.x -= own
+        piece.payload_bytes = 4 * (scale_length + lane_length)
         scale_at += scale_length
         lane_at += lane_length
-    job.payload_bytes += 4 * (len(agreed) + len(lanes))
 
     sums = yield AllReduce(f"{job.name}.lanes", lanes, "sum")
 

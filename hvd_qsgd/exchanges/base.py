@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Union
+from typing import Any, Union
 
 import numpy as np
 
@@ -54,10 +54,8 @@ Request = Union[AllGather, AllToAll, AllReduce]
 Steps = Generator[Request, Any, None]
 
 
-class Empty(Protocol):
-    """Makes an uninitialized flat array of the job's backend and device."""
-
-    def __call__(self, length: int, dtype: str) -> Any: ...
+#: Makes an uninitialized flat array of a length and a dtype, of the job's backend and device.
+Empty = Callable[[int, str], Any]
 
 
 @dataclass
@@ -81,6 +79,8 @@ class Piece:
     step: int = 0
     first: int = 0
     keep_error: bool = False
+    #: Set by the exchange: the size of this rank's payload of the piece.
+    payload_bytes: int = field(default=0, init=False)
 
     def key(self, phase: int = 0) -> int:
         return key_of(self.stream, self.step, phase)
@@ -109,11 +109,7 @@ class Segment:
 
 @dataclass
 class Job:
-    """One exchange: some pieces that travel together between the ranks of one group.
-
-    After it ran, ``payload_bytes`` is the size of this rank's own payload and
-    ``wire_bytes`` what this rank sends when collectives run as rings.
-    """
+    """One exchange: some pieces that travel together between the ranks of one group."""
 
     name: str
     pieces: Sequence[Piece]
@@ -121,8 +117,12 @@ class Job:
     rank: int
     ranks: int
     empty: Empty
-    payload_bytes: int = field(default=0, init=False)
+    #: Set by the exchange: what this rank sends when collectives run as rings.
     wire_bytes: float = field(default=0, init=False)
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(piece.payload_bytes for piece in self.pieces)
 
     @property
     def codec(self) -> Codec:

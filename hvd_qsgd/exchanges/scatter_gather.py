@@ -28,14 +28,16 @@ def scatter_gather(job: Job) -> Steps:
             job.kernels.encode_into(x, segment.payload(part), segment.piece.key(), segment.first)
             if segment.piece.keep_error:
                 job.kernels.decode_into(segment.payload(part), x, "subtract")
-            job.payload_bytes += segment.size
+            segment.piece.payload_bytes += segment.size
         at += size
 
     received, received_sizes = yield AllToAll(f"{job.name}.alltoall", message, sizes)
 
     own, own_size = shards[job.rank], sizes[job.rank]
     if list(received_sizes) != [own_size] * job.ranks:
-        raise job.disagreement(f"messages of {list(received_sizes)} bytes came where {own_size} were expected from each")
+        raise job.disagreement(
+            f"messages of {list(received_sizes)} bytes came where {own_size} were expected from each"
+        )
     reply = job.empty(own_size, "uint8")
     write_header(reply, fingerprint)
     for rank in range(job.ranks):

@@ -31,7 +31,7 @@ KERNELS: dict[str, dict[str, str]] = {
 NUMPY_ARRAYS = ("numpy", "numba")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def kernels_for(codec: Codec, backend: str) -> Kernels:
     """The kernels of a codec on a backend: "numpy", "numba" (CPU) or "torch" (any torch device).
 
@@ -46,4 +46,4 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
             return codec
         raise ConfigError(f"The codec {codec.name!r} has no {backend} kernels; it runs on the CPU only.")
     module, _, name = entry.partition(":")
-    return getattr(importlib.import_module(module), name)(codec)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), name)(codec)

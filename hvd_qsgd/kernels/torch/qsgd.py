@@ -88,9 +88,7 @@ class QSGDKernels:
         weights = 1 << (width * torch.arange(lanes, dtype=torch.int64, device=x.device))
         out.copy_((levels.reshape(-1, lanes) * weights).sum(dim=1))
 
-    def from_lanes(
-        self, sums: torch.Tensor, agreed: torch.Tensor, ranks: int, out: torch.Tensor, count: int
-    ) -> None:
+    def from_lanes(self, sums: torch.Tensor, agreed: torch.Tensor, ranks: int, out: torch.Tensor, count: int) -> None:
         largest = self.codec.levels * ranks
         width = self.codec.lane_width(ranks)
         shifts = width * torch.arange(32 // width, dtype=torch.int64, device=out.device)
@@ -99,7 +97,9 @@ class QSGDKernels:
         levels = digits.reshape(-1)[: out.numel()] - largest
         at = 0
         for rows, scales, _ in self._rows(out, agreed.view(torch.float32), 0):
-            rows.copy_(dequantize(levels[at : at + rows.numel()].reshape(rows.shape), scales, self.codec.levels * count))
+            rows.copy_(
+                dequantize(levels[at : at + rows.numel()].reshape(rows.shape), scales, self.codec.levels * count)
+            )
             at += rows.numel()
 
     def scales(self, x: torch.Tensor) -> torch.Tensor:

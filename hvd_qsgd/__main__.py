@@ -1,0 +1,3 @@
+from hvd_qsgd.cli import main
+
+main()

@@ -1,0 +1,155 @@
+"""Who calls a compressor.
+
+Horovod hands ``compress`` the tensor alone. Its name, its process set and what will be done
+with it are in the frames of the Horovod functions above, which are read here, and only
+here. They are found by their code objects, so no function of the same name elsewhere can
+be mistaken for them. Horovod 0.28.1 is the last release; its code does not change.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.torch import mpi_ops
+from horovod.torch.optimizer import _DistributedAdasumOptimizer, _DistributedOptimizer
+
+from hvd_qsgd.errors import UnsupportedError
+
+#: Frames between compress() and the Horovod function: list comprehensions and wrappers of ours.
+DEPTH = 8
+OPERATIONS = {hvd.Average: "Average", hvd.Sum: "Sum", hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max"}
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """What the caller of ``compress`` knows about the tensor.
+
+    Attributes:
+        name: of the parameter, or as given to ``hvd.allreduce``.
+        named: False where ``hvd.allreduce`` was called without a name.
+        process_set: whose ranks take part.
+        optimizer: the distributed optimizer that is calling, or None.
+        parameter: whose gradient the tensor is, or None.
+        grouped: whether the result goes into a grouped allreduce, whose tensors share a device.
+        synchronizing: called by ``optimizer.synchronize()`` and not by a gradient hook.
+    """
+
+    name: str
+    process_set: Any
+    named: bool = True
+    optimizer: Any = None
+    parameter: Any = None
+    grouped: bool = False
+    synchronizing: bool = False
+
+
+def find_call_site(tensor: torch.Tensor) -> CallSite:
+    """Read the call site of a ``compress`` from the stack.
+
+    Raises:
+        UnsupportedError: the caller is no Horovod function, or one whose operation is not linear.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(DEPTH):
+        if frame is None:
+            break
+        reader = READERS.get(frame.f_code)
+        if reader is not None:
+            return reader(frame, tensor)
+        frame = frame.f_back
+    raise UnsupportedError(
+        "compress() was not called by a function of Horovod that this package knows, so the name and the process set "
+        "of the tensor are unknown. Pass the compressor as compression= to hvd.DistributedOptimizer, hvd.allreduce or "
+        "hvd.grouped_allreduce of Horovod 0.28; to encode without Horovod use hvd_qsgd.QSGD or hvd_qsgd.TopK."
+    )
+
+
+def _from_optimizer(frame: FrameType, tensor: torch.Tensor) -> CallSite:
+    optimizer, parameter = frame.f_locals["self"], frame.f_locals["p"]
+    caller = frame.f_back.f_code if frame.f_back else None
+    return CallSite(
+        name=optimizer._parameter_names[parameter],
+        process_set=optimizer.process_set,
+        optimizer=optimizer,
+        parameter=parameter,
+        synchronizing=caller is _DistributedOptimizer.synchronize.__code__,
+    )
+
+
+def _from_optimizer_group(frame: FrameType, tensor: torch.Tensor) -> CallSite:
+    optimizer = frame.f_locals["self"]
+    parameter = next(p for p in frame.f_locals["ps"] if p.grad is tensor)
+    return CallSite(
+        name=optimizer._parameter_names[parameter],
+        process_set=optimizer.process_set,
+        optimizer=optimizer,
+        parameter=parameter,
+        grouped=True,
+    )
+
+
+def _from_allreduce(frame: FrameType, tensor: torch.Tensor) -> CallSite:
+    name = _checked_name(frame, tensor)
+    return CallSite(name or _unnamed(tensor), frame.f_locals["process_set"], named=name is not None)
+
+
+def _from_grouped_allreduce(frame: FrameType, tensor: torch.Tensor) -> CallSite:
+    name = _checked_name(frame, tensor)
+    index = next(i for i, member in enumerate(frame.f_locals["tensors"]) if member is tensor)
+    full_name = f"{name or _unnamed(tensor)}.{index}"
+    return CallSite(full_name, frame.f_locals["process_set"], named=name is not None, grouped=True)
+
+
+def _checked_name(frame: FrameType, tensor: torch.Tensor) -> str | None:
+    # The function resolves its arguments only after it compressed: do the same here.
+    operation = frame.f_locals["op"]
+    if operation not in (None, hvd.Average, hvd.Sum):
+        raise UnsupportedError(
+            f"op={OPERATIONS.get(operation, operation)} cannot be combined with compression: only the mean and the sum "
+            f"of compressed tensors are defined. Use op=hvd.Average or op=hvd.Sum, or compression=hvd.Compression.none."
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "A tensor that requires a gradient came to a compressed allreduce, which is not differentiable. "
+            "Pass tensor.detach(), or compression=hvd.Compression.none."
+        )
+    return frame.f_locals["name"]
+
+
+def _unnamed(tensor: torch.Tensor) -> str:
+    # Not from a counter: ranks that call in different orders must not mix up tensors.
+    return f"unnamed.{'x'.join(map(str, tensor.shape))}.{str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _refuse_adasum(frame: FrameType, tensor: torch.Tensor) -> CallSite:
+    raise UnsupportedError(
+        "hvd.DistributedOptimizer(op=hvd.Adasum) cannot be combined with this compression: Adasum is not linear, so "
+        "the result would be wrong. Use op=hvd.Average or op=hvd.Sum, or compression=hvd.Compression.fp16."
+    )
+
+
+def _refuse_reducescatter(frame: FrameType, tensor: torch.Tensor) -> CallSite:
+    raise UnsupportedError(
+        "hvd.reducescatter cannot be combined with this compression: each rank would need another part of the result. "
+        "Use hvd.allreduce, or compression=hvd.Compression.fp16."
+    )
+
+
+def _code(function: Any) -> CodeType:
+    return function.__code__
+
+
+READERS: dict[CodeType, Any] = {
+    _code(_DistributedOptimizer._allreduce_grad_async): _from_optimizer,
+    _code(_DistributedOptimizer._grouped_allreduce_grad_async): _from_optimizer_group,
+    _code(_DistributedAdasumOptimizer._allreduce_grad_async): _refuse_adasum,
+    _code(mpi_ops.allreduce): _from_allreduce,
+    _code(mpi_ops.grouped_allreduce): _from_grouped_allreduce,
+    _code(mpi_ops.reducescatter): _refuse_reducescatter,
+    _code(mpi_ops.grouped_reducescatter): _refuse_reducescatter,
+}

@@ -1,0 +1,426 @@
+"""Compressors for ``compression=`` of Horovod's torch functions.
+
+``compress`` starts exchanges of its own over Horovod's collectives and hands Horovod a
+*carrier*: one element, 1.0, that Horovod reduces in place of the gradient. ``decompress``
+waits for the exchange and multiplies the mean by the reduced carrier, which reads 1 under
+Average, the number of ranks under Sum, and includes whatever scaling Horovod applies.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd.codecs.base import check_integer
+from hvd_qsgd.errors import ConfigError, UnsupportedError
+from hvd_qsgd.exchanges import Piece, check_exchange
+from hvd_qsgd.feedback import ErrorFeedback, check_feedback
+from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.random_words import stream_of
+from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.torch.callsite import CallSite, find_call_site
+from hvd_qsgd.torch.flights import Bundle, Flight
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+class class_or_instance(Generic[T]):  # noqa: N801  (a decorator)
+    """A method that, called on the class, runs on the class's default instance.
+
+    Horovod's own compressors are classes with static methods; ours can be passed the same
+    way, ``compression=QSGDCompressor``, or as an instance with settings.
+    """
+
+    def __init__(self, function: T) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Compressor | None, owner: type[Compressor]) -> T:
+        return self._function.__get__(instance if instance is not None else owner.default())
+
+
+@dataclass
+class Context:
+    """What ``decompress`` must know of a tensor whose exchange is under way."""
+
+    site: CallSite
+    key: str
+    tensor: torch.Tensor
+    out: Any
+    flights: list[tuple[Slice, Flight]] = field(default_factory=list)
+    #: With error feedback: gradient plus residual, which the exchange turns into the new residual.
+    corrected: Any = None
+
+
+@dataclass
+class Unchanged:
+    """A tensor that needs no exchange; ``dtype`` is what to cast the result to."""
+
+    tensor: torch.Tensor | None
+    dtype: torch.dtype | None = None
+
+
+@dataclass
+class OptimizerState:
+    """What a compressor knows of one distributed optimizer."""
+
+    index: int
+    bundles: dict[str, list[tuple[Slice, Bundle]]]
+    #: Whether gradients came since the last synchronize().
+    fresh: bool = False
+
+
+class Compressor:
+    """Horovod's compress/decompress interface around a codec.
+
+    Use it as ``compression=`` of ``hvd.DistributedOptimizer``, ``hvd.allreduce`` or
+    ``hvd.grouped_allreduce``; both the class (all defaults) and an instance work.
+
+    Args:
+        codec: what is sent.
+        exchange: how it travels: "auto", "allgather", "scatter_gather" or "allreduce".
+        error_feedback: add what was lost to the next gradient; by default on for biased codecs.
+        min_elements: tensors with fewer elements go through Horovod's own allreduce.
+        min_dims: so do tensors with fewer dimensions (biases, norms).
+        seed: of the random rounding; the same seed gives the same run.
+        fusion_elements: about how many elements travel in one exchange.
+
+    Raises:
+        ConfigError: a value is out of range, or error feedback would diverge around this codec.
+    """
+
+    _default: ClassVar[Compressor | None] = None
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        exchange: str = "auto",
+        error_feedback: bool | None = None,
+        min_elements: int = 1024,
+        min_dims: int = 2,
+        seed: int = 0,
+        fusion_elements: int = 1 << 21,
+    ) -> None:
+        name = type(self).__name__
+        check_exchange(exchange, codec)
+        check_integer(name, "min_elements", min_elements, 0, 2**62)
+        check_integer(name, "min_dims", min_dims, 0, 64)
+        check_integer(name, "seed", seed, 0, 2**64 - 1)
+        check_integer(name, "fusion_elements", fusion_elements, 1, 2**40)
+        self.codec = codec
+        self.exchange = exchange
+        self.error_feedback = codec.biased if error_feedback is None else error_feedback
+        if self.error_feedback:
+            check_feedback(codec)
+        self.min_elements = min_elements
+        self.min_dims = min_dims
+        self.seed = seed
+        self.fusion_elements = fusion_elements
+        self._feedback = ErrorFeedback()
+        self._stats = Stats()
+        self._steps: dict[str, int] = {}
+        self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
+        self._optimizers_seen = 0
+
+    @classmethod
+    def default(cls) -> Compressor:
+        """The instance that stands behind the class when it is used without settings."""
+        if "_default" not in cls.__dict__ or cls._default is None:
+            cls._default = cls()  # type: ignore[call-arg]
+        return cls._default
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.codec}, exchange={self.exchange!r}, error_feedback={self.error_feedback})"
+
+    # -- Horovod's interface ----------------------------------------------------------------
+
+    @class_or_instance
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Start the exchange of a gradient; Horovod calls this.
+
+        Returns:
+            What Horovod has to reduce (the carrier, or the tensor itself if it is not
+            compressed) and the context for :meth:`decompress`.
+
+        Raises:
+            UnsupportedError: the caller wants what compression cannot do correctly.
+        """
+        site = find_call_site(tensor)
+        state = self._state_of(site)
+        key = site.name if state is None else f"{state.index}/{site.name}"
+        if state is not None and self._already_synchronized(site, state):
+            return self._carrier(site, tensor), Unchanged(tensor)
+        reason = self._bypass_reason(tensor, site.process_set)
+        if reason:
+            return self._bypass(key, tensor, site, reason)
+        if self.error_feedback and not site.named:
+            raise UnsupportedError(
+                "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
+                "Pass name=, or a compressor with error_feedback=False."
+            )
+        context = self._context(site, key, tensor)
+        bundles = self._bundles(site, tensor) if state is None else state.bundles[site.name]
+        step = self._steps[key] = self._steps.get(key, -1) + 1
+        source = context.corrected if context.corrected is not None else array_of(tensor)
+        stream = stream_of(self.seed, bundles[0][1].collectives.rank, key)
+        for part, bundle in bundles:
+            piece = Piece(
+                name=part.name,
+                x=source[part.start : part.stop],
+                out=context.out[part.start : part.stop],
+                stream=stream,
+                step=step,
+                first=part.start,
+                keep_error=context.corrected is not None,
+            )
+            flight = bundle.flight_for(part)
+            context.flights.append((part, flight))
+            flight.add(part, piece)
+        return self._carrier(site, tensor), context
+
+    @class_or_instance
+    def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
+        """Wait for the exchange and return the reduced gradient; Horovod calls this.
+
+        Raises:
+            ExchangeError: the ranks did not mean the same exchange.
+        """
+        if context is None:
+            return tensor
+        if isinstance(context, Unchanged):
+            result = tensor if context.tensor is None else scaled(context.tensor, tensor)
+            return result if context.dtype is None else result.to(context.dtype)
+        if context.site.optimizer is not None:
+            self._optimizers[context.site.optimizer].fresh = False
+        record = self._record(context.key, context.tensor, context.flights[0][1].bundle.collectives.ranks)
+        for part, flight in context.flights:
+            job = flight.wait()
+            piece = flight.pieces[part]
+            record.exchange = flight.exchange
+            record.payload_bytes += piece.payload_bytes
+            record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
+        if context.corrected is not None and all_finite(context.out):
+            # A step whose gradient is not finite will be skipped: its error must not be lost.
+            self._feedback.keep(context.key, context.corrected)
+        mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
+        if mean.data_ptr() == context.tensor.data_ptr():
+            return scaled(context.tensor, tensor)
+        return scaled(mean, tensor).to(context.tensor.dtype).view(context.tensor.shape)
+
+    # -- what users ask --------------------------------------------------------------------
+
+    @class_or_instance
+    def stats(self) -> Stats:
+        """What this rank compressed and sent, by tensor and in total."""
+        return self._stats
+
+    @class_or_instance
+    def reset(self) -> None:
+        """Forget statistics, residuals and random steps."""
+        self._stats = Stats()
+        self._feedback.residuals.clear()
+        self._steps.clear()
+
+    @class_or_instance
+    def state_dict(self) -> dict[str, Any]:
+        """Residuals and random steps **of this rank**.
+
+        Every rank has its own residuals: save this on every rank, not on rank 0 alone, and
+        load on each rank what that rank saved.
+        """
+        residuals = {name: torch.as_tensor(value).clone() for name, value in self._feedback.residuals.items()}
+        return {"version": 1, "config": self.codec.config(), "residuals": residuals, "steps": dict(self._steps)}
+
+    @class_or_instance
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict` of the same rank.
+
+        Raises:
+            ConfigError: it was saved with another codec or version.
+        """
+        if state.get("version") != 1 or state.get("config") != self.codec.config():
+            raise ConfigError(
+                f"The state was saved by version {state.get('version')} with {state.get('config')}, and this "
+                f"compressor is version 1 with {self.codec.config()}. Use the settings of the saved run."
+            )
+        self._feedback.residuals = {name: array_of(value.clone()) for name, value in state["residuals"].items()}
+        self._steps = dict(state["steps"])
+
+    # -- parts of compress ------------------------------------------------------------------
+
+    def _state_of(self, site: CallSite) -> OptimizerState | None:
+        if site.optimizer is None:
+            return None
+        state = self._optimizers.get(site.optimizer)
+        if state is None:
+            state = OptimizerState(self._optimizers_seen, self._plan(site))
+            self._optimizers_seen += 1
+            self._optimizers[site.optimizer] = state
+        return state
+
+    def _plan(self, site: CallSite) -> dict[str, list[tuple[Slice, Bundle]]]:
+        """Bundles of all gradients that this optimizer will hand in, last layers first."""
+        optimizer = site.optimizer
+        by_device: dict[torch.device, list[tuple[str, int]]] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in reversed(parameters):
+            if parameter in optimizer._requires_update and not self._bypass_reason(parameter, site.process_set):
+                entry = (optimizer._parameter_names[parameter], parameter.numel())
+                by_device.setdefault(parameter.device, []).append(entry)
+        plan: dict[str, list[tuple[Slice, Bundle]]] = {}
+        for device, lengths in by_device.items():
+            self._add_bundles(plan, lengths, device, site.process_set)
+        return plan
+
+    def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
+        """Bundles of one tensor that travels by itself."""
+        plan: dict[str, list[tuple[Slice, Bundle]]] = {}
+        self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set)
+        return plan[site.name]
+
+    def _add_bundles(
+        self,
+        plan: dict[str, list[tuple[Slice, Bundle]]],
+        lengths: list[tuple[str, int]],
+        device: torch.device,
+        process_set: Any,
+    ) -> None:
+        for slices in plan_bundles(lengths, self.codec.granularity, self.fusion_elements):
+            prefix = f"set{process_set.process_set_id}."
+            bundle = Bundle(slices, self.codec, self.exchange, device, process_set, prefix)
+            for part in slices:
+                plan.setdefault(part.name, []).append((part, bundle))
+
+    @staticmethod
+    def _already_synchronized(site: CallSite, state: OptimizerState) -> bool:
+        """Whether the tensor is a result of ``synchronize()`` that ``step()`` hands in again.
+
+        Horovod does this when ``step()`` follows ``synchronize()`` without
+        ``skip_synchronize()``. All ranks hold the same bits then; compressing them once more
+        would lose accuracy and spoil the residuals.
+        """
+        if site.synchronizing and site.optimizer._synchronized and not state.fresh:
+            return True
+        state.fresh = True
+        return False
+
+    def _bypass_reason(self, tensor: torch.Tensor, process_set: Any) -> str:
+        """Why a tensor is left to Horovod, from what all ranks agree on; empty to compress it."""
+        if not tensor.dtype.is_floating_point:
+            return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not a floating-point type"
+        if tensor.dim() < self.min_dims:
+            return f"{tensor.dim()} dimensions are fewer than min_dims={self.min_dims}"
+        if tensor.numel() < max(self.min_elements, 1):
+            return f"{tensor.numel()} elements are fewer than min_elements={self.min_elements}"
+        if process_set.size() == 1:
+            return "there is one rank only"
+        return ""
+
+    def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
+        record = self._record(key, tensor, site.process_set.size())
+        record.bypassed = reason
+        record.payload_bytes += tensor.numel() * tensor.element_size()
+        record.wire_bytes = record.uncompressed_wire_bytes
+        if tensor.dtype == torch.bfloat16:
+            # Horovod cannot reduce bfloat16.
+            return tensor.to(torch.float32), Unchanged(None, torch.bfloat16)
+        return tensor, None
+
+    def _record(self, key: str, tensor: torch.Tensor, ranks: int) -> TensorStats:
+        record = self._stats.tensors.setdefault(key, TensorStats(elements=tensor.numel()))
+        raw = tensor.numel() * tensor.element_size()
+        record.exchanges += 1
+        record.raw_bytes += raw
+        record.uncompressed_wire_bytes += 2 * (ranks - 1) / ranks * raw
+        return record
+
+    def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
+        corrected = self._feedback.correct(key, array_of(tensor)) if self.error_feedback else None
+        # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
+        in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        in_place = in_place and tensor is site.parameter.grad
+        out = array_of(tensor) if in_place else array_of(torch.empty(tensor.numel(), device=tensor.device))
+        return Context(site, key, tensor, out, corrected=corrected)
+
+    @staticmethod
+    def _carrier(site: CallSite, tensor: torch.Tensor) -> torch.Tensor:
+        if site.grouped:
+            # Horovod wants the tensors of a group on one device and of one type.
+            dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+            return torch.ones(1, dtype=dtype, device=tensor.device)
+        # On the CPU, so that reading it does not wait for a device; float64 makes 1/n * n exact in float32.
+        return torch.ones(1, dtype=torch.float64)
+
+
+def array_of(tensor: torch.Tensor) -> Any:
+    """The tensor as a flat float32 array for the kernels, sharing its memory where it can."""
+    flat = tensor.detach().reshape(-1).to(torch.float32)
+    return flat.numpy() if flat.device.type == "cpu" else flat
+
+
+def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
+    """The mean times the reduced carrier."""
+    factor = float(carrier)
+    return mean if factor == 1.0 else mean * factor
+
+
+def all_finite(array: Any) -> bool:
+    return bool(torch.as_tensor(array).isfinite().all())
+
+
+class QSGDCompressor(Compressor):
+    """Quantization with unbiased rounding, 8 times fewer bytes at the default 4 bits.
+
+    Args:
+        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
+        settings: see :class:`Compressor`.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        bucket_size: int = 512,
+        norm: str = "max",
+        rounding: str = "stochastic",
+        **settings: Any,
+    ) -> None:
+        super().__init__(QSGD(bits, bucket_size, norm, rounding), **settings)
+
+
+class TopKCompressor(Compressor):
+    """The largest values only, with error feedback.
+
+    Args:
+        ratio, k, values: see :class:`hvd_qsgd.TopK`.
+        settings: see :class:`Compressor`.
+    """
+
+    def __init__(
+        self, ratio: float | None = 0.01, k: int | None = None, values: str = "float32", **settings: Any
+    ) -> None:
+        super().__init__(TopK(ratio, k, values), **settings)
+
+
+class IdentityCompressor(Compressor):
+    """Sends float32 through the same path as the others, for comparison."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(Identity(), **settings)
+
+
+class CastCompressor(Compressor):
+    """Sends float16 or bfloat16 and adds up in float32.
+
+    Args:
+        dtype: see :class:`hvd_qsgd.Cast`.
+        settings: see :class:`Compressor`.
+    """
+
+    def __init__(self, dtype: str = "float16", **settings: Any) -> None:
+        super().__init__(Cast(dtype), **settings)

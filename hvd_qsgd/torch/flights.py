@@ -1,0 +1,98 @@
+"""Bundles of gradients on their way: which slices wait for which, and when they leave."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
+from hvd_qsgd.engine import Engine, Task
+from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, choose_exchange
+from hvd_qsgd.fusion import Slice
+from hvd_qsgd.kernels import kernels_for
+
+#: Collectives of all compressors share one engine: whoever waits moves everybody's exchanges.
+ENGINE = Engine()
+
+
+def empty_on(device: torch.device) -> Callable[[int, str], Any]:
+    """Makes uninitialized arrays where the kernels want them: NumPy for the CPU, else torch."""
+    if device.type == "cpu":
+        return np.empty
+    return lambda length, dtype: torch.empty(length, dtype=getattr(torch, dtype), device=device)
+
+
+class Flight:
+    """One exchange of a bundle: collects its pieces, leaves when complete or when awaited."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.pieces: dict[Slice, Piece] = {}
+        self.job: Job | None = None
+        self.exchange = ""
+        self._task: Task | None = None
+
+    def add(self, part: Slice, piece: Piece) -> None:
+        self.pieces[part] = piece
+        if len(self.pieces) == len(self.bundle.slices):
+            self.leave()
+
+    def leave(self) -> None:
+        """Start the exchange. Bundles list their slices in one order on all ranks, and so do jobs."""
+        bundle = self.bundle
+        collectives = bundle.collectives
+        pieces = [self.pieces[part] for part in bundle.slices if part in self.pieces]
+        device = bundle.device
+        self.exchange = choose_exchange(bundle.exchange, bundle.codec, collectives.ranks)
+        self.job = Job(
+            name=bundle.name,
+            pieces=pieces,
+            kernels=kernels_for(bundle.codec, "numba" if device.type == "cpu" else "torch"),
+            rank=collectives.rank,
+            ranks=collectives.ranks,
+            empty=empty_on(device),
+        )
+        bundle.open_flight = None
+        self._task = ENGINE.submit(EXCHANGES[self.exchange](self.job), collectives)
+
+    def wait(self) -> Job:
+        """The finished job. Starts it if some pieces never came, which is so on all ranks
+        (a gradient that turned out sparse); ranks that differ find out from the fingerprint."""
+        if self._task is None:
+            self.leave()
+        assert self._task is not None and self.job is not None
+        ENGINE.wait(self._task)
+        return self.job
+
+
+class Bundle:
+    """Slices that travel together, each step anew."""
+
+    def __init__(
+        self, slices: list[Slice], codec: Any, exchange: str, device: torch.device, process_set: Any, prefix: str
+    ) -> None:
+        self.slices = slices
+        self.codec = codec
+        self.exchange = exchange
+        self.device = device
+        self.collectives = HorovodCollectives(process_set)
+        self.open_flight: Flight | None = None
+        self._prefix = prefix
+
+    @functools.cached_property
+    def name(self) -> str:
+        first = self.slices[0]
+        return f"{self._prefix}{first.name}[{first.start}]+{len(self.slices)}"
+
+    def flight_for(self, part: Slice) -> Flight:
+        """The flight that takes this slice next.
+
+        A slice that comes a second time means that the step before was abandoned by an error.
+        """
+        if self.open_flight is None or part in self.open_flight.pieces:
+            self.open_flight = Flight(self)
+        return self.open_flight
