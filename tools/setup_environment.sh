@@ -46,7 +46,7 @@ step() {
     "$@" >"$log" 2>&1 </dev/null || status=$?
     stop_heartbeat
     if ((status)); then
-        tail -n 20 "$log" | sed 's/^/    | /' >&2
+        tail -n 20 "$log" | cut -c 1-200 | sed 's/^/    | /' >&2
         fail "this step failed: $title" "Read $PWD/$log, then run the same command again."
     fi
     printf '      done in %d s\n' $((SECONDS - started))
@@ -61,16 +61,20 @@ stop_heartbeat() {
     fi
 }
 trap stop_heartbeat EXIT
+trap 'fail "interrupted; the same command goes on from here."' INT TERM
 
+# The environment itself leads PATH when make or an activated shell calls, and cannot be made from itself.
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.11 python3 /usr/bin/python3.11}; do
+    while read -r candidate; do
         # A version manager may put a name on PATH that does not run.
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; then
-            command -v "$candidate"
+        if "$candidate" -c 'import os, sys
+sys.exit(sys.version_info[:2] != (3, 11) or os.path.realpath(sys.prefix) == os.path.realpath(sys.argv[1]))' \
+            "$venv" >/dev/null 2>&1 </dev/null; then
+            echo "$candidate"
             return
         fi
-    done
+    done < <(type -aP ${PYTHON:-python3.11 python3})
     return 1
 }
 

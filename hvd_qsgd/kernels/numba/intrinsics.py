@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
 
 I32 = ir.IntType(32)
+I8 = ir.IntType(8)
 
 
 def constant(value: int) -> ir.Constant:
@@ -65,3 +66,32 @@ def offset_level(typingctx, scaled, fraction, offset, top):  # type: ignore[no-u
         return builder.lshr(value, constant(16))
 
     return types.int32(types.float32, types.int32, types.int32, types.int32), codegen
+
+
+@intrinsic
+def move_field(typingctx, byte, right, mask, left):  # type: ignore[no-untyped-def]
+    """``((byte >> right) & mask) << left`` on uint8, without leaving 8 bits."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        byte, right, mask, left = arguments
+        return builder.shl(builder.and_(builder.lshr(byte, right), mask), left)
+
+    return types.uint8(types.uint8, types.uint8, types.uint8, types.uint8), codegen
+
+
+@intrinsic
+def join_bytes(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """``a | b`` on uint8."""
+    return types.uint8(types.uint8, types.uint8), lambda c, builder, s, arguments: builder.or_(*arguments)
+
+
+@intrinsic
+def dequantize(typingctx, code, zero, scale, unit):  # type: ignore[no-untyped-def]
+    """``scale * (float32(code - zero) * unit)``; ``code`` is uint8, ``zero`` int32."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        code, zero, scale, unit = arguments
+        level = builder.sitofp(builder.sub(builder.zext(code, I32), zero), ir.FloatType())
+        return builder.fmul(scale, builder.fmul(level, unit))
+
+    return types.float32(types.uint8, types.int32, types.float32, types.float32), codegen

@@ -13,7 +13,15 @@ from numba import njit
 
 from hvd_qsgd.codecs.base import MODES
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NAN_BITS, NORM_LANES, QSGD, TINY
-from hvd_qsgd.kernels.numba.intrinsics import high_half, low_half, offset_level, random_word
+from hvd_qsgd.kernels.numba.intrinsics import (
+    dequantize,
+    high_half,
+    join_bytes,
+    low_half,
+    move_field,
+    offset_level,
+    random_word,
+)
 
 LIFT = np.float32(1 / TINY)
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -53,32 +61,73 @@ def bucket_scale(bits, values, use_l2):  # type: ignore[no-untyped-def]
 
 
 @jit
+def round_halves(first, second, low, high, factor, offset, top, key_low, key_high, word):  # type: ignore[no-untyped-def]
+    """Codes of a bucket's two halves; ``first`` may be one longer. One word serves both.
+
+    Slices instead of offsets: only then does the compiler see that no index wraps around,
+    and vectorizes.
+    """
+    for j in range(len(second)):
+        drawn = random_word(np.uint32(word + j), key_low, key_high)
+        low[j] = offset_level(first[j] * factor, low_half(drawn), offset, top)
+        high[j] = offset_level(second[j] * factor, high_half(drawn), offset, top)
+    if len(first) > len(second):
+        last = len(first) - 1
+        drawn = random_word(np.uint32(word + last), key_low, key_high)
+        low[last] = offset_level(first[last] * factor, low_half(drawn), offset, top)
+
+
+@jit
+def round_nearest(values, codes, factor, offset, top):  # type: ignore[no-untyped-def]
+    for j in range(len(values)):
+        codes[j] = offset_level(values[j] * factor, np.int32(1 << (FRACTION_BITS - 1)), offset, top)
+
+
+@jit
+def round_nibbles(first, second, packed, factor, offset, top, key_low, key_high, word):  # type: ignore[no-untyped-def]
+    """:func:`round_halves` and the packing of 4-bit codes in one pass."""
+    for j in range(len(second)):
+        drawn = random_word(np.uint32(word + j), key_low, key_high)
+        low = offset_level(first[j] * factor, low_half(drawn), offset, top)
+        high = offset_level(second[j] * factor, high_half(drawn), offset, top)
+        packed[j] = np.uint8(np.int32(low | np.int32(high << np.int32(4))))
+
+
+@jit
+def is_usable(scale):  # type: ignore[no-untyped-def]
+    return scale > ZERO and scale < np.float32(np.inf)
+
+
+@jit
+def factor_of(scale, levels):  # type: ignore[no-untyped-def]
+    """What turns values of a bucket into fixed point; its scale is not tiny."""
+    return np.float32(np.float32(levels << FRACTION_BITS) / scale)
+
+
+@jit
 def bucket_codes(values, scale, codes, levels, stochastic, key_low, key_high, word):  # type: ignore[no-untyped-def]
     """Levels plus s of one bucket into ``codes`` (any integer dtype)."""
     length = len(values)
-    if not (scale > ZERO and scale < np.float32(np.inf)):
+    if not is_usable(scale):
         codes[:length] = levels
         return
-    lift = ONE
     if scale < TINY:
-        lift = LIFT
+        values = values * LIFT
         scale = np.float32(scale * LIFT)
-    factor = np.float32(np.float32(levels << FRACTION_BITS) / scale)
+    factor = factor_of(scale, levels)
     offset = np.int32(levels << FRACTION_BITS)
     top = np.int32(((2 * levels + 1) << FRACTION_BITS) - 1)
     half = (length + 1) // 2
     if stochastic:
-        # Two plain loops over halves that do not overlap: both vectorize.
-        for j in range(length - half):
-            drawn = random_word(np.uint32(word + j), key_low, key_high)
-            codes[j] = offset_level(values[j] * lift * factor, low_half(drawn), offset, top)
-            codes[half + j] = offset_level(values[half + j] * lift * factor, high_half(drawn), offset, top)
-        if length % 2:
-            drawn = random_word(np.uint32(word + half - 1), key_low, key_high)
-            codes[half - 1] = offset_level(values[half - 1] * lift * factor, low_half(drawn), offset, top)
+        low, high = codes[:half], codes[half:length]
+        round_halves(values[:half], values[half:], low, high, factor, offset, top, key_low, key_high, word)
     else:
-        for j in range(length):
-            codes[j] = offset_level(values[j] * lift * factor, np.int32(1 << (FRACTION_BITS - 1)), offset, top)
+        round_nearest(values, codes[:length], factor, offset, top)
+
+
+@jit
+def plane_size(length, width):  # type: ignore[no-untyped-def]
+    return (length * width + 7) // 8
 
 
 @jit
@@ -89,15 +138,18 @@ def pack_bucket(codes, length, bits, out):  # type: ignore[no-untyped-def]
     for width in (8, 4, 2, 1):
         if not bits & width:
             continue
-        stride = (length * width + 7) // 8
-        mask = (1 << width) - 1
-        for j in range(stride):
-            out[at + j] = (codes[j] >> shift) & mask
-        for slot in range(1, 8 // width):
-            start = slot * stride
-            left = shift
-            for j in range(min(stride, length - start)):
-                out[at + j] |= ((codes[start + j] >> left) & mask) << (slot * width)
+        stride = plane_size(length, width)
+        plane = out[at : at + stride]
+        for slot in range(8 // width):
+            part = codes[slot * stride : min((slot + 1) * stride, length)]
+            right, mask, left = np.uint8(shift), np.uint8((1 << width) - 1), np.uint8(slot * width)
+            if slot == 0:
+                for j in range(len(part)):
+                    plane[j] = move_field(part[j], right, mask, left)
+            else:
+                target = plane[: len(part)]
+                for j in range(len(part)):
+                    target[j] = join_bytes(target[j], move_field(part[j], right, mask, left))
         at += stride
         shift += width
     return at
@@ -111,17 +163,17 @@ def unpack_bucket(packed, length, bits, codes):  # type: ignore[no-untyped-def]
     for width in (8, 4, 2, 1):
         if not bits & width:
             continue
-        stride = (length * width + 7) // 8
-        mask = (1 << width) - 1
+        stride = plane_size(length, width)
         for slot in range(8 // width):
-            start = slot * stride
-            count = min(stride, length - start)
+            part = codes[slot * stride : min((slot + 1) * stride, length)]
+            plane = packed[at : at + len(part)]
+            right, mask, left = np.uint8(slot * width), np.uint8((1 << width) - 1), np.uint8(shift)
             if shift == 0:
-                for j in range(count):
-                    codes[start + j] = (packed[at + j] >> (slot * width)) & mask
+                for j in range(len(part)):
+                    part[j] = move_field(plane[j], right, mask, left)
             else:
-                for j in range(count):
-                    codes[start + j] |= ((packed[at + j] >> (slot * width)) & mask) << shift
+                for j in range(len(part)):
+                    part[j] = join_bytes(part[j], move_field(plane[j], right, mask, left))
         at += stride
         shift += width
     return at
@@ -132,14 +184,25 @@ def encode(x, out, scales, bits, bucket_size, use_l2, stochastic, key_low, key_h
     patterns = x.view(np.int32)
     codes = np.empty(bucket_size, np.uint8)
     levels = np.int32((1 << (bits - 1)) - 1)
+    offset = np.int32(levels << FRACTION_BITS)
+    top = np.int32(((2 * levels + 1) << FRACTION_BITS) - 1)
+    half = bucket_size // 2
     at = 0
     for bucket in range(len(scales)):
         begin = bucket * bucket_size
         values = x[begin : begin + bucket_size]
         scale = bucket_scale(patterns[begin : begin + bucket_size], values, use_l2)
         scales[bucket] = scale
-        bucket_codes(values, scale, codes, levels, stochastic, key_low, key_high, word + bucket * (bucket_size // 2))
-        at += pack_bucket(codes, len(values), bits, out[at:])
+        first_word = word + bucket * half
+        if bits == 4 and stochastic and len(values) == bucket_size and scale >= TINY:
+            # The default deserves a loop of its own: the codes never leave the registers.
+            packed = out[at : at + half]
+            factor = factor_of(scale, levels)
+            round_nibbles(values[:half], values[half:], packed, factor, offset, top, key_low, key_high, first_word)
+            at += half
+        else:
+            bucket_codes(values, scale, codes, levels, stochastic, key_low, key_high, first_word)
+            at += pack_bucket(codes, len(values), bits, out[at:])
 
 
 @jit
@@ -151,7 +214,7 @@ def decode(packed, scales, out, bits, bucket_size, mode):  # type: ignore[no-unt
     for bucket in range(len(scales)):
         values = out[bucket * bucket_size : (bucket + 1) * bucket_size]
         at += unpack_bucket(packed[at:], len(values), bits, codes)
-        store_bucket(codes, scales[bucket], unit, levels, values, mode)
+        store_bucket(codes[: len(values)], scales[bucket], unit, levels, values, mode)
 
 
 @jit
@@ -159,13 +222,13 @@ def store_bucket(codes, scale, unit, zero, values, mode):  # type: ignore[no-unt
     """Dequantize one bucket into ``values``; ``zero`` is the code of level 0."""
     if mode == 0:
         for j in range(len(values)):
-            values[j] = scale * (np.float32(np.int32(codes[j]) - zero) * unit)
+            values[j] = dequantize(codes[j], zero, scale, unit)
     elif mode == 1:
         for j in range(len(values)):
-            values[j] += scale * (np.float32(np.int32(codes[j]) - zero) * unit)
+            values[j] += dequantize(codes[j], zero, scale, unit)
     else:
         for j in range(len(values)):
-            values[j] -= scale * (np.float32(np.int32(codes[j]) - zero) * unit)
+            values[j] -= dequantize(codes[j], zero, scale, unit)
 
 
 @jit
