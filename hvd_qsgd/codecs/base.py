@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,15 +21,16 @@ from hvd_qsgd.errors import ConfigError, PayloadError
 MODES = ("set", "add", "subtract")
 
 
-class Kernels(Protocol):
+class Kernels(ABC):
     """The hot functions of a codec, over the arrays of one backend.
 
     ``x`` and ``out`` of a decode are flat, contiguous float32; payloads are flat uint8.
     """
 
-    @property
-    def codec(self) -> Codec: ...
+    #: Whose payloads these functions make and read.
+    codec: Codec
 
+    @abstractmethod
     def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:
         """Encode ``x`` into the start of ``out`` and return the number of bytes written.
 
@@ -36,15 +38,23 @@ class Kernels(Protocol):
         granularity: it picks the random words, so that a tensor encoded in parts gives
         the codes of the tensor encoded whole.
         """
-        ...
 
+    @abstractmethod
     def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
         """Decode ``payload`` and set, add to or subtract from ``out``."""
-        ...
+
+    def average_into(self, message: Any, spans: Sequence[tuple[int, int]], out: Any) -> None:
+        """Set ``out`` to the mean of the payloads that stand at ``message[start:stop]``.
+
+        The sum runs in the order of ``spans`` and is divided by their number at the end.
+        """
+        for index, (start, stop) in enumerate(spans):
+            self.decode_into(message[start:stop], out, "add" if index else "set")
+        out /= len(spans)
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec(ABC):
+class Codec(Kernels):
     """Base of all codecs. Subclasses are frozen dataclasses whose fields are the configuration."""
 
     #: Name in the registry and in configurations.
@@ -57,7 +67,7 @@ class Codec(ABC):
     variable_size: ClassVar[bool] = False
 
     @property
-    def codec(self) -> Codec:
+    def codec(self) -> Codec:  # type: ignore[override]
         """The codec itself: it is its own NumPy kernels."""
         return self
 

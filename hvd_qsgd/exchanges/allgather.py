@@ -28,13 +28,14 @@ def allgather(job: Job) -> Steps:
 
     job.wire_bytes += len(gathered) - at
     at = 0
+    spans: list[list[tuple[int, int]]] = [[] for _ in job.pieces]
     for rank in range(job.ranks):
         words = read_words(gathered[at : at + head], len(job.pieces) + 1)
         if len(words) != len(job.pieces) + 1 or words[0] != fingerprint:
             raise job.disagreement(f"rank {rank} sent something else than was expected")
         at += head
-        for piece, size in zip(job.pieces, words[1:]):
-            job.kernels.decode_into(gathered[at : at + size], piece.out, "add" if rank else "set")
+        for size, of_piece in zip(words[1:], spans):
+            of_piece.append((at, at + size))
             at += aligned(size)
-    for piece in job.pieces:
-        piece.out /= job.ranks
+    for piece, of_piece in zip(job.pieces, spans):
+        job.kernels.average_into(gathered, of_piece, piece.out)

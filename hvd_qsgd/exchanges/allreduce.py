@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.exchanges.base import AllReduce, Job, Steps
 
 FINGERPRINT_MAX = 0x7FFFFFFF
 
 
-class LaneKernels(Kernels, Protocol):
+class LaneKernels(Protocol):
     """What a codec's kernels offer beyond encode and decode to ride this exchange."""
 
     def agree_into(self, x: Any, out: Any) -> None:

@@ -40,15 +40,14 @@ def scatter_gather(job: Job) -> Steps:
         )
     reply = job.empty(own_size, "uint8")
     write_header(reply, fingerprint)
-    for rank in range(job.ranks):
-        part = received[rank * own_size : (rank + 1) * own_size]
-        if read_words(part, 1) != [fingerprint]:
+    starts = [rank * own_size for rank in range(job.ranks)]
+    for rank, start in enumerate(starts):
+        if read_words(received[start : start + own_size], 1) != [fingerprint]:
             raise job.disagreement(f"rank {rank} sent something else than was expected")
-        for segment in own:
-            job.kernels.decode_into(segment.payload(part), segment.of(segment.piece.out), "add" if rank else "set")
     for segment in own:
         mean = segment.of(segment.piece.out)
-        mean /= job.ranks
+        spans = [(start + segment.offset, start + segment.offset + segment.size) for start in starts]
+        job.kernels.average_into(received, spans, mean)
         job.kernels.encode_into(mean, segment.payload(reply), segment.piece.key(phase=1), segment.first)
         if segment.piece.keep_error:
             # What the second rounding loses, this rank adds to its next gradient.

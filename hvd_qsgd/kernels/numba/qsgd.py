@@ -6,12 +6,13 @@ it sits in the first-level cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 
-from hvd_qsgd.codecs.base import MODES
+from hvd_qsgd.codecs.base import MODES, Kernels
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NAN_BITS, NORM_LANES, QSGD, TINY
 from hvd_qsgd.kernels.numba.intrinsics import (
     dequantize,
@@ -232,6 +233,28 @@ def store_bucket(codes, scale, unit, zero, values, mode):  # type: ignore[no-unt
 
 
 @jit
+def average(message, starts, scale_bytes, out, bits, bucket_size):  # type: ignore[no-untyped-def]
+    """Mean of the payloads at ``starts``, bucket by bucket: the sums stay in the first-level cache."""
+    codes = np.empty(bucket_size, np.uint8)
+    scale = np.empty(1, np.float32)
+    levels = np.int32((1 << (bits - 1)) - 1)
+    unit = ONE / np.float32(levels)
+    code_bytes = bucket_size // 8 * bits
+    count = np.float32(len(starts))
+    for bucket in range(scale_bytes // 4):
+        values = out[bucket * bucket_size : (bucket + 1) * bucket_size]
+        part = codes[: len(values)]
+        for rank in range(len(starts)):
+            at = starts[rank] + 4 * bucket
+            # Copied byte by byte: a payload may stand anywhere.
+            scale.view(np.uint8)[:] = message[at : at + 4]
+            unpack_bucket(message[starts[rank] + scale_bytes + bucket * code_bytes :], len(values), bits, part)
+            store_bucket(part, scale[0], unit, levels, values, 1 if rank else 0)
+        for j in range(len(values)):
+            values[j] /= count
+
+
+@jit
 def agree(x, out, bucket_size, use_l2):  # type: ignore[no-untyped-def]
     patterns = x.view(np.int32)
     scales = out.view(np.float32)
@@ -292,7 +315,7 @@ def from_lanes(sums, scales, width, ranks, count, out, bits, bucket_size):  # ty
 
 
 @dataclass(frozen=True)
-class QSGDKernels:
+class QSGDKernels(Kernels):
     """Numba implementation of a QSGD codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
 
     codec: QSGD
@@ -310,6 +333,13 @@ class QSGDKernels:
         cut = 4 * codec.buckets(out.size)
         scales = payload[:cut].view("<f4")
         decode(payload[cut:], scales, out, codec.bits, codec.bucket_size, MODES.index(mode))
+
+    def average_into(self, message: np.ndarray, spans: Sequence[tuple[int, int]], out: np.ndarray) -> None:
+        codec = self.codec
+        for start, stop in spans:
+            codec.check_payload(message[start:stop], out.size)
+        starts = np.array([start for start, _ in spans], np.int64)
+        average(message, starts, 4 * codec.buckets(out.size), out, codec.bits, codec.bucket_size)
 
     def agree_into(self, x: np.ndarray, out: np.ndarray) -> None:
         agree(x, out, self.codec.bucket_size, self.codec.norm == "l2")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from hvd_qsgd.codecs.base import MODES, combine
+from hvd_qsgd.codecs.base import MODES, Kernels, combine
 from hvd_qsgd.codecs.topk import (
     BITMAP,
     GAPS,
@@ -154,7 +154,7 @@ def scatter(positions, values, out, mode):  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True)
-class TopKKernels:
+class TopKKernels(Kernels):
     """Numba implementation of a TopK codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
 
     codec: TopK

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_qsgd.codecs.base import MODES
+from hvd_qsgd.codecs.base import MODES, Kernels
 from hvd_qsgd.codecs.cast import NAN_BITS, Cast
 from hvd_qsgd.codecs.identity import Identity
 from hvd_qsgd.errors import ConfigError
@@ -31,7 +31,7 @@ def reinterpret(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class IdentityKernels:
+class IdentityKernels(Kernels):
     codec: Identity
 
     def encode_into(self, x: torch.Tensor, out: torch.Tensor, key: int = 0, first: int = 0) -> int:
@@ -44,7 +44,7 @@ class IdentityKernels:
 
 
 @dataclass(frozen=True)
-class CastKernels:
+class CastKernels(Kernels):
     codec: Cast
 
     @property

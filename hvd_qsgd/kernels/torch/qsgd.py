@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.bits import planes_size
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NORM_LANES, QSGD, TINY
 from hvd_qsgd.kernels.torch.bits import pack_planes, unpack_planes
@@ -44,7 +45,7 @@ def l2_norms(rows: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class QSGDKernels:
+class QSGDKernels(Kernels):
     """torch implementation of a QSGD codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
 
     codec: QSGD

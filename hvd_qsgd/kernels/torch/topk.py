@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.topk import (
     BITMAP,
     HEADER,
@@ -65,7 +66,7 @@ def unpack_positions(data: torch.Tensor, length: int, count: int, form: int, low
 
 
 @dataclass(frozen=True)
-class TopKKernels:
+class TopKKernels(Kernels):
     """torch implementation of a TopK codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
 
     codec: TopK

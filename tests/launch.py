@@ -1,0 +1,103 @@
+"""Start a program on several ranks of this machine, and end all of it whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Where ranks that run pytest put their counts: a directory, named by this variable.
+REPORTS = "HVD_QSGD_TEST_REPORTS"
+
+LAUNCHERS = {
+    "mpi": ["horovodrun", "--mpi", "-np"],
+    "gloo": ["horovodrun", "--gloo", "-np"],
+    "mpirun": ["mpirun", "-np"],
+}
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with what the launchers and a crowded machine need."""
+    paths = {
+        "PATH": [str(Path(sys.prefix, "bin")), os.environ.get("PATH", os.defpath)],
+        "PYTHONPATH": [str(ROOT), os.environ.get("PYTHONPATH", "")],
+    }
+    return {
+        **os.environ,
+        **{name: os.pathsep.join(filter(None, entries)) for name, entries in paths.items()},
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OPAL_PREFIX": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+    }
+
+
+@dataclass
+class Outcome:
+    """How a job ended. ``output`` is what all ranks and the launcher printed."""
+
+    status: int
+    output: str
+    #: Of ranks that run pytest, in rank order: tests "collected" and "passed".
+    reports: list[dict[str, int]] = field(default_factory=list)
+
+
+def launch(command: Sequence[str], ranks: int, launcher: str = "mpi", timeout: float = 240) -> Outcome:
+    """Run ``python command...`` on ``ranks`` ranks; after ``timeout`` seconds its status is -1."""
+    with tempfile.TemporaryDirectory() as reports:
+        process = subprocess.Popen(
+            [*LAUNCHERS[launcher], str(ranks), sys.executable, *command],
+            cwd=ROOT,
+            env={**environment(), REPORTS: reports},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+            output, _ = process.communicate()
+            status, output = -1, f"{output}\nkilled after {timeout:g} seconds"
+        except BaseException:
+            kill_tree(process.pid)
+            raise
+        files = [Path(reports, f"{rank}.json") for rank in range(ranks)]
+        counts = [json.loads(file.read_text()) for file in files if file.exists()]
+    return Outcome(status, output, counts)
+
+
+def launch_pytest(arguments: Sequence[str], ranks: int, launcher: str = "mpi", timeout: float = 240) -> Outcome:
+    """Run pytest on every rank, with files of ``tests/horovod_torch`` and options."""
+    inner = Path("tests", "horovod_torch")
+    options = ["-q", "-p", "no:cacheprovider", "--color=no", f"--confcutdir={inner}", "--timeout=60", "--timeout-method=thread"]
+    return launch(["-m", "pytest", *options, *(str(inner / name) if name.endswith(".py") else name for name in arguments)], ranks, launcher, timeout)
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all that it started, in whatever process groups they are."""
+    try:
+        parent = psutil.Process(pid)
+        family = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
