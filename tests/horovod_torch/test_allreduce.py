@@ -1,4 +1,4 @@
-"""hvd.allreduce and hvd.grouped_allreduce with compression=, against the references in checks.py."""
+"""hvd.allreduce and hvd.grouped_allreduce with compression=, against the references in rank_checks.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 
-from checks import (
+from rank_checks import (
     REFERENCES,
     SHAPE,
     assert_equal,

@@ -6,7 +6,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 
-from checks import (
+from rank_checks import (
     SHAPE,
     assert_equal,
     assert_same_on_all_ranks,
