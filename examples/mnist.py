@@ -41,16 +41,16 @@ class Net(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(1, 32, kernel_size=3),
+            nn.Conv2d(1, 16, kernel_size=3),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, kernel_size=3),
+            nn.Conv2d(16, 32, kernel_size=3),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(64 * 5 * 5, 128),
+            nn.Linear(32 * 5 * 5, 256),
             nn.ReLU(),
-            nn.Linear(128, 10),
+            nn.Linear(256, 10),
         )
 
 

@@ -20,9 +20,11 @@ class ErrorFeedback:
 
     def __init__(self) -> None:
         self.residuals: dict[str, Any] = {}
+        #: The memory of the residuals before, for the sums to come.
+        self._spare: dict[str, Any] = {}
 
     def correct(self, name: str, x: Any) -> Any:
-        """``x`` plus the residual of that name, in new memory."""
+        """``x`` plus the residual of that name; to be given back to :meth:`keep` or :meth:`discard`."""
         residual = self.residuals.get(name)
         if residual is None:
             return x + 0
@@ -31,11 +33,27 @@ class ErrorFeedback:
                 f"Error feedback holds a residual of {len(residual)} elements for {name!r}, but a gradient of {len(x)} "
                 f"elements came. If the model changed, forget the old residuals with compressor.reset()."
             )
-        return x + residual
+        corrected = self._spare.pop(name, None)
+        if corrected is None:
+            return x + residual
+        corrected[...] = residual
+        corrected += x
+        return corrected
 
     def keep(self, name: str, error: Any) -> None:
-        """Make ``error`` the residual of that name."""
+        """Make ``error``, which was made by :meth:`correct`, the residual of that name."""
+        if name in self.residuals:
+            self._spare[name] = self.residuals[name]
         self.residuals[name] = error
+
+    def discard(self, name: str, error: Any) -> None:
+        """Leave the residual as it was."""
+        self._spare[name] = error
+
+    def replace(self, residuals: dict[str, Any]) -> None:
+        """Start from these residuals."""
+        self.residuals = residuals
+        self._spare.clear()
 
 
 def check_feedback(codec: Codec) -> None:

@@ -99,7 +99,7 @@ def check_same_bits(a: np.ndarray, b: np.ndarray) -> None:
     if a.dtype.kind == "f":
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
         a, b = (np.where(np.isnan(v), np.array(0, v.dtype), v) for v in (a, b))
-    differ = np.flatnonzero(a.view(np.uint8) != b.view(np.uint8))
+    differ = np.flatnonzero(a.reshape(-1).view(np.uint8) != b.reshape(-1).view(np.uint8))
     assert differ.size == 0, f"{differ.size} bytes differ, the first at {differ[0]}"
 
 

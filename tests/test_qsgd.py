@@ -216,7 +216,9 @@ def test_l2_scale_is_the_norm_within_one_ulp(x: np.ndarray, bucket_size: int) ->
     expected = bucket_scales(codec, x)[::bucket_size]
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(np.isnan(scales), ~finite)
-    assert (np.abs(scales[finite] - expected[finite]) <= np.spacing(expected[finite].astype(np.float32))).all()
+    with np.errstate(over="ignore"):
+        ulps = np.spacing(expected[finite].astype(np.float32))
+    assert (np.abs(scales[finite] - expected[finite]) <= ulps).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

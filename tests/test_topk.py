@@ -10,6 +10,7 @@ import pytest
 from checkers import (
     FILLER,
     FLT_MAX,
+    GUARD,
     SMALLEST,
     check_config,
     check_same_bits,
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_qsgd import ConfigError, PayloadError, TopK
+from hvd_qsgd.codecs.base import MODES
 from hvd_qsgd.codecs.topk import BITMAP, GAPS, HEADER, NOT_FINITE, PLAIN
 from hvd_qsgd.kernels import kernels_for
 
@@ -235,27 +237,28 @@ def test_encoding_what_was_decoded_changes_nothing(codec: TopK, x: np.ndarray) -
 
 
 def decode_guarded(backend: str, codec: TopK, payload: np.ndarray, length: int, mode: str) -> np.ndarray | None:
-    """The outcome, or None for a PayloadError; what lies around the output must stay as it was."""
+    """The outcome, or None for a PayloadError, which must leave the output as it was, like all that lies around it."""
     whole, out = guarded(np.ones(length, np.float32))
-    edge = 4 * 3
+    edge = GUARD * out.itemsize
     try:
         with np.errstate(all="ignore"):
             kernels_for(codec, backend).decode_into(wrapper(backend)(payload.copy()), wrapper(backend)(out), mode)
     except PayloadError:
+        assert (out == 1).all()
         return None
     finally:
         assert set(whole[:edge]) == set(whole[len(whole) - edge :]) == {FILLER}
-    return out.copy()
+    return out
 
 
 def check_damaged(codec: TopK, payload: np.ndarray, length: int) -> None:
     """Every backend refuses the payload, or all decode it to the same values."""
-    for mode in ("set", "add", "subtract"):
-        outcomes = [decode_guarded(backend, codec, payload, length, mode) for backend in ("numpy", "numba", "torch")]
-        assert len({outcome is None for outcome in outcomes}) == 1
-        for outcome in outcomes[1:]:
-            if outcome is not None and outcomes[0] is not None:
-                check_same_bits(outcome, outcomes[0])
+    mode = MODES[len(payload) % 3]
+    outcomes = [decode_guarded(backend, codec, payload, length, mode) for backend in ("numpy", "numba", "torch")]
+    assert len({outcome is None for outcome in outcomes}) == 1
+    for outcome in outcomes[1:]:
+        if outcome is not None and outcomes[0] is not None:
+            check_same_bits(outcome, outcomes[0])
 
 
 @settings(max_examples=150)
@@ -290,7 +293,7 @@ def test_headers_that_lie_are_refused_or_decoded_safely(
     check_damaged(codec, payload, length)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(codec=CODECS, length=st.integers(1, 80), seed=st.integers(0, 99), bit=st.integers(0, 2**16))
 def test_a_flipped_bit_is_refused_or_decoded_safely(codec: TopK, length: int, seed: int, bit: int) -> None:
     payload = codec.encode(gauss(length, seed))

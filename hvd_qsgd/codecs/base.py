@@ -52,6 +52,11 @@ class Kernels(ABC):
             self.decode_into(message[start:stop], out, "add" if index else "set")
         out /= len(spans)
 
+    def all_finite(self, x: Any) -> bool:
+        """Whether ``x`` holds neither NaN nor an infinity."""
+        # NumPy arrays and torch tensors both compare; x - x is 0 for finite numbers only.
+        return bool((x - x == 0).all())
+
 
 @dataclasses.dataclass(frozen=True)
 class Codec(Kernels):

@@ -127,6 +127,8 @@ class Compressor:
         self._steps: dict[str, int] = {}
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
+        #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
+        self._single: dict[tuple[Any, ...], list[tuple[Slice, Bundle]]] = {}
 
     @classmethod
     def default(cls) -> Compressor:
@@ -205,9 +207,10 @@ class Compressor:
             record.exchange = flight.exchange
             record.payload_bytes += piece.payload_bytes
             record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
-        if context.corrected is not None and all_finite(context.out):
-            # A step whose gradient is not finite will be skipped: its error must not be lost.
-            self._feedback.keep(context.key, context.corrected)
+        if context.corrected is not None:
+            # A step whose gradient is not finite will be skipped: what was fed back must not be lost with it.
+            settle = self._feedback.keep if job.kernels.all_finite(context.out) else self._feedback.discard
+            settle(context.key, context.corrected)
         mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
         if mean.data_ptr() == context.tensor.data_ptr():
             return scaled(context.tensor, tensor)
@@ -224,7 +227,7 @@ class Compressor:
     def reset(self) -> None:
         """Forget statistics, residuals and random steps."""
         self._stats = Stats()
-        self._feedback.residuals.clear()
+        self._feedback.replace({})
         self._steps.clear()
 
     @class_or_instance
@@ -249,7 +252,7 @@ class Compressor:
                 f"The state was saved by version {state.get('version')} with {state.get('config')}, and this "
                 f"compressor is version 1 with {self.codec.config()}. Use the settings of the saved run."
             )
-        self._feedback.residuals = {name: array_of(value.clone()) for name, value in state["residuals"].items()}
+        self._feedback.replace({name: array_of(value.clone()) for name, value in state["residuals"].items()})
         self._steps = dict(state["steps"])
 
     # -- parts of compress ------------------------------------------------------------------
@@ -280,9 +283,12 @@ class Compressor:
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        plan: dict[str, list[tuple[Slice, Bundle]]] = {}
-        self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set)
-        return plan[site.name]
+        key = (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
+        if key not in self._single:
+            plan: dict[str, list[tuple[Slice, Bundle]]] = {}
+            self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set)
+            self._single[key] = plan[site.name]
+        return self._single[key]
 
     def _add_bundles(
         self,
@@ -368,10 +374,6 @@ def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
     """The mean times the reduced carrier."""
     factor = float(carrier)
     return mean if factor == 1.0 else mean * factor
-
-
-def all_finite(array: Any) -> bool:
-    return bool(torch.as_tensor(array).isfinite().all())
 
 
 class QSGDCompressor(Compressor):

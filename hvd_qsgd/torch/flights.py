@@ -26,6 +26,27 @@ def empty_on(device: torch.device) -> Callable[[int, str], Any]:
     return lambda length, dtype: torch.empty(length, dtype=getattr(torch, dtype), device=device)
 
 
+class Buffers:
+    """The arrays that an exchange asks for, kept for the next exchange of the same bundle."""
+
+    def __init__(self, make: Callable[[int, str], Any]) -> None:
+        self._make = make
+        self._arrays: list[Any] = []
+        self._next = 0
+
+    def rewind(self) -> None:
+        """The next request gets the first array again."""
+        self._next = 0
+
+    def __call__(self, length: int, dtype: str) -> Any:
+        if self._next == len(self._arrays):
+            self._arrays.append(self._make(length, dtype))
+        elif len(self._arrays[self._next]) != length:
+            self._arrays[self._next] = self._make(length, dtype)
+        self._next += 1
+        return self._arrays[self._next - 1]
+
+
 class Flight:
     """One exchange of a bundle: collects its pieces, leaves when complete or when awaited."""
 
@@ -54,7 +75,7 @@ class Flight:
             kernels=kernels_for(bundle.codec, "numba" if device.type == "cpu" else "torch"),
             rank=collectives.rank,
             ranks=collectives.ranks,
-            empty=empty_on(device),
+            empty=bundle.buffers_for(self),
         )
         bundle.open_flight = None
         self._task = ENGINE.submit(EXCHANGES[self.exchange](self.job), collectives)
@@ -67,6 +88,10 @@ class Flight:
         assert self._task is not None and self.job is not None
         ENGINE.wait(self._task)
         return self.job
+
+    @property
+    def landed(self) -> bool:
+        return self._task is not None and self._task.finished
 
 
 class Bundle:
@@ -81,6 +106,8 @@ class Bundle:
         self.device = device
         self.collectives = HorovodCollectives(process_set)
         self.open_flight: Flight | None = None
+        self._last_flight: Flight | None = None
+        self._buffers = Buffers(empty_on(device))
         self._prefix = prefix
 
     @functools.cached_property
@@ -96,3 +123,11 @@ class Bundle:
         if self.open_flight is None or part in self.open_flight.pieces:
             self.open_flight = Flight(self)
         return self.open_flight
+
+    def buffers_for(self, flight: Flight) -> Buffers:
+        """The bundle's buffers, or new ones if an abandoned flight still holds them."""
+        if self._last_flight is not None and not self._last_flight.landed:
+            self._buffers = Buffers(empty_on(self.device))
+        self._last_flight = flight
+        self._buffers.rewind()
+        return self._buffers

@@ -162,7 +162,7 @@ def make_optimizer(parameters: Parameters, compression: Any, lr: float = 0.1, **
 
 def make_gradients(parameters: Parameters, seed: int = 0, rank: int | None = None) -> dict[str, torch.Tensor]:
     return {
-        name: normal(p.shape, seed=100 * seed + i, rank=rank).to(p.dtype)
+        name: dyadic(p.shape, seed=100 * seed + i, rank=rank).to(p.dtype)
         for i, (name, p) in enumerate(parameters.items())
     }
 

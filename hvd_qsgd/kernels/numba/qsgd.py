@@ -23,6 +23,7 @@ from hvd_qsgd.kernels.numba.intrinsics import (
     offset_level,
     random_word,
 )
+from hvd_qsgd.kernels.numba.reduce import all_finite, largest_magnitude
 
 LIFT = np.float32(1 / TINY)
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -33,10 +34,7 @@ jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 @jit
 def bucket_scale(bits, values, use_l2):  # type: ignore[no-untyped-def]
     """Scale of one bucket from its bit patterns (int32) and values (the same memory)."""
-    largest = np.int32(0)
-    for i in range(len(bits)):
-        # As an integer the maximum vectorizes without fastmath, and NaN or Inf wins it.
-        largest = max(largest, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+    largest = largest_magnitude(bits)
     if largest >= INFINITY_BITS:
         return NAN
     if not use_l2:
@@ -340,6 +338,9 @@ class QSGDKernels(Kernels):
             codec.check_payload(message[start:stop], out.size)
         starts = np.array([start for start, _ in spans], np.int64)
         average(message, starts, 4 * codec.buckets(out.size), out, codec.bits, codec.bucket_size)
+
+    def all_finite(self, x: np.ndarray) -> bool:
+        return all_finite(x)
 
     def agree_into(self, x: np.ndarray, out: np.ndarray) -> None:
         agree(x, out, self.codec.bucket_size, self.codec.norm == "l2")

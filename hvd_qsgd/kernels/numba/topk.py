@@ -26,6 +26,7 @@ from hvd_qsgd.codecs.topk import (
     smallest_form,
 )
 from hvd_qsgd.errors import PayloadError
+from hvd_qsgd.kernels.numba.reduce import all_finite
 
 #: Magnitudes have 31 bits; the bins take the upper 11 of them.
 BIN_SHIFT = 20
@@ -211,3 +212,6 @@ class TopKKernels(Kernels):
         if mode == "set":
             out[...] = 0
         scatter(positions, values, out, MODES.index(mode))
+
+    def all_finite(self, x: np.ndarray) -> bool:
+        return all_finite(x)

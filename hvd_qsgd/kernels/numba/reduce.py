@@ -1,0 +1,25 @@
+"""The largest magnitude of a vector, without temporary memory."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from hvd_qsgd.codecs.qsgd import INFINITY_BITS
+
+
+@njit(nogil=True, cache=True)
+def largest_magnitude(patterns):  # type: ignore[no-untyped-def]
+    """Bit pattern of the largest magnitude among float32 bit patterns (int32).
+
+    As an integer the maximum vectorizes without fastmath, and NaN or infinity wins it.
+    """
+    largest = np.int32(0)
+    for i in range(len(patterns)):
+        largest = max(largest, np.int32(patterns[i] & np.int32(0x7FFFFFFF)))
+    return largest
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether a flat float32 vector holds neither NaN nor an infinity."""
+    return bool(largest_magnitude(x.view(np.int32)) < INFINITY_BITS)

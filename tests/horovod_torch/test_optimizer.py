@@ -1,0 +1,409 @@
+"""hvd.DistributedOptimizer with compression=: every reduced gradient against the references in rank_checks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
+from rank_checks import (
+    Parameters,
+    assert_equal,
+    assert_same_on_all_ranks,
+    assert_within_a_level,
+    backward,
+    digest,
+    dyadic,
+    gather,
+    make_gradients,
+    make_optimizer,
+    make_parameters,
+    reference_allgather,
+    reference_allreduce,
+    train,
+)
+
+#: Biases and what is small are not compressed.
+SHAPES = {"conv.weight": (8, 4, 7, 9), "conv.bias": (8,), "head.weight": (50, 61), "head.bias": (50,), "tiny": (9, 9)}
+BYPASSED = {"conv.bias", "head.bias", "tiny"}
+Gradients = Mapping[str, torch.Tensor]
+
+
+def check_gradients(
+    parameters: Parameters,
+    raw: Gradients,
+    codec: Codec,
+    step: int,
+    *,
+    factor: float = 1.0,
+    index: int = 0,
+    seed: int = 0,
+    bypassed: set[str] = BYPASSED,
+    reference: Callable[..., Any] = reference_allgather,
+    process_set: Any = hvd.global_process_set,
+) -> None:
+    """The reduced gradients are those of the reference for what the ranks put in, and the same everywhere."""
+    for name, parameter in parameters.items():
+        inputs = gather(raw[name], process_set)
+        if name in bypassed:
+            mean = torch.stack(inputs).sum(0) / len(inputs)
+        else:
+            mean = torch.from_numpy(reference(codec, inputs, f"{index}/{name}", step, seed))
+        assert parameter.grad.dtype == parameter.dtype
+        assert_equal(parameter.grad, (mean * factor).to(parameter.dtype))
+    assert_same_on_all_ranks([p.grad for p in parameters.values()], process_set)
+
+
+def reduce(optimizer: Any, parameters: Parameters, raw: Gradients) -> None:
+    """One step up to the reduced gradients."""
+    optimizer.zero_grad()
+    backward(parameters, raw)
+    optimizer.synchronize()
+
+
+def apply(optimizer: Any) -> None:
+    with optimizer.skip_synchronize():
+        optimizer.step()
+
+
+def check_training(
+    compression: Any, codec: Codec, steps: int = 2, dtype: torch.dtype = torch.float32, **checks: Any
+) -> None:
+    parameters = make_parameters(SHAPES, dtype)
+    optimizer = make_optimizer(parameters, compression)
+    for step in range(steps):
+        raw = make_gradients(parameters, step)
+        reduce(optimizer, parameters, raw)
+        check_gradients(parameters, raw, codec, step, **checks)
+        apply(optimizer)
+        assert_same_on_all_ranks(parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("compressor", "codec"),
+    [
+        *((QSGDCompressor(bits, exchange="allgather"), QSGD(bits)) for bits in range(2, 9)),
+        (QSGDCompressor(norm="l2", bucket_size=64, exchange="allgather"), QSGD(norm="l2", bucket_size=64)),
+        (TopKCompressor(error_feedback=False), TopK()),
+        (TopKCompressor(k=50, values="float16", error_feedback=False), TopK(k=50, values="float16")),
+        (IdentityCompressor(exchange="allgather"), Identity()),
+        (CastCompressor(exchange="allgather"), Cast()),
+        (CastCompressor("bfloat16", exchange="allgather"), Cast("bfloat16")),
+    ],
+    ids=repr,
+)
+def test_codecs(compressor: Compressor, codec: Codec) -> None:
+    check_training(compressor, codec)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_allreduce_exchange(bits: int) -> None:
+    check_training(QSGDCompressor(bits, exchange="allreduce"), QSGD(bits), reference=reference_allreduce)
+
+
+@pytest.mark.parametrize("exchange", ["scatter_gather", "auto"])
+def test_scatter_gather_exchange(exchange: str) -> None:
+    parameters = make_parameters(SHAPES)
+    optimizer = make_optimizer(parameters, QSGDCompressor(8, exchange=exchange))
+    for step in range(2):
+        raw = make_gradients(parameters, step)
+        reduce(optimizer, parameters, raw)
+        for name in SHAPES.keys() - BYPASSED:
+            assert_within_a_level(QSGD(8), parameters[name].grad, gather(raw[name]), roundings=2)
+        assert_same_on_all_ranks([p.grad for p in parameters.values()])
+        apply(optimizer)
+
+
+@pytest.mark.parametrize("kind", [QSGDCompressor, TopKCompressor, IdentityCompressor, CastCompressor])
+def test_a_class_trains_like_an_instance(kind: type[Compressor]) -> None:
+    results = []
+    for compression in (kind, kind()):
+        if compression is kind:
+            kind._default = None  # Other tests have used it.
+        parameters = make_parameters(SHAPES)
+        train(make_optimizer(parameters, compression), parameters, range(3))
+        assert_same_on_all_ranks(parameters.values())
+        results.append(digest(parameters.values()))
+    assert_equal(*results)
+
+
+def test_step_applies_the_reduced_gradient() -> None:
+    parameters, untouched = make_parameters(SHAPES), make_parameters(SHAPES)
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), lr=0.5)
+    raw = make_gradients(parameters)
+    backward(parameters, raw)
+    optimizer.step()
+    check_gradients(parameters, raw, QSGD(), 0)
+    for name, parameter in parameters.items():
+        assert_equal(parameter, untouched[name] - 0.5 * parameter.grad)
+
+
+LISTS = [["conv.weight", "conv.bias", "tiny"], ["head.bias", "head.weight"]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"op": hvd.Average},
+        {"op": hvd.Sum},
+        {"gradient_predivide_factor": 2.0},
+        {"gradient_predivide_factor": 3.0},
+        {"groups": 1},
+        {"groups": 2},
+        {"groups": LISTS},
+        {"groups": LISTS[:1]},
+        {"groups": 2, "op": hvd.Sum},
+        {"groups": 1, "gradient_predivide_factor": 3.0},
+    ],
+    ids=str,
+)
+def test_operations_factors_and_groups(settings: dict[str, Any]) -> None:
+    parameters = make_parameters(SHAPES)
+    factor = hvd.size() if settings.get("op") == hvd.Sum else 1.0
+    if isinstance(settings.get("groups"), list):
+        settings = {**settings, "groups": [[parameters[name] for name in group] for group in settings["groups"]]}
+    if settings.get("gradient_predivide_factor") == 3.0:
+        # Horovod's own thirds are not exact; only compressed gradients are.
+        parameters = {name: p for name, p in parameters.items() if name not in BYPASSED}
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), **settings)
+    for step in range(2):
+        raw = make_gradients(parameters, step)
+        reduce(optimizer, parameters, raw)
+        check_gradients(parameters, raw, QSGD(), step, factor=factor)
+        apply(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("groups", [None, 1])
+def test_dtypes(dtype: torch.dtype, groups: int | None) -> None:
+    parameters = make_parameters(SHAPES, dtype)
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), groups=groups)
+    for step in range(2):
+        raw = make_gradients(parameters, step)
+        reduce(optimizer, parameters, raw)
+        check_gradients(parameters, raw, QSGD(), step)
+        apply(optimizer)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_several_backward_passes_per_step(groups: int | None) -> None:
+    parameters = make_parameters(SHAPES)
+    settings = {"backward_passes_per_step": 3, "groups": groups}
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), **settings)
+    # In the second step and the last, step() comes early.
+    for step, passes in enumerate([3, 1, 3, 2]):
+        optimizer.zero_grad()
+        raws = [make_gradients(parameters, 10 * step + i) for i in range(passes)]
+        for raw in raws:
+            backward(parameters, raw)
+        optimizer.synchronize()
+        check_gradients(parameters, {name: sum(raw[name] for raw in raws) for name in SHAPES}, QSGD(), step)
+        apply(optimizer)
+
+
+def test_parameters_without_names() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(40, 50))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([parameter], lr=0.1), compression=QSGDCompressor(exchange="allgather")
+    )
+    named = {"allreduce.noname.0.0": parameter}
+    raw = make_gradients(named)
+    reduce(optimizer, named, raw)
+    check_gradients(named, raw, QSGD(), 0)
+
+
+# -- gradients that do not come, or come in other forms -------------------------------------
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "auto"])
+def test_parameters_that_only_some_ranks_use(exchange: str) -> None:
+    shapes = {f"branch{i}": (40, 50) for i in range(6)}
+    parameters = make_parameters(shapes)
+    # 2100 elements: one tensor a bundle, so that bundles come in different orders.
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange=exchange, fusion_elements=2100))
+    for step in range(3):
+        raw = make_gradients(parameters, step)
+        used = {name for i, name in enumerate(shapes) if (i + step + hvd.rank()) % 3 == 0}
+        reduce(optimizer, parameters, {name: raw[name] for name in used})
+        expected = {name: raw[name] * (name in used) for name in shapes}
+        if exchange == "allgather":
+            check_gradients(parameters, expected, QSGD(), step)
+        for name in shapes:
+            assert_within_a_level(QSGD(), parameters[name].grad, gather(expected[name]), roundings=2)
+        assert_same_on_all_ranks([p.grad for p in parameters.values()])
+        apply(optimizer)
+
+
+@pytest.mark.parametrize("as_dense", [True, False])
+def test_sparse_gradients(as_dense: bool) -> None:
+    parameters = make_parameters({"embedding": (200, 16), "after": (30, 40), "before": (30, 40)})
+    compressor = QSGDCompressor(exchange="allgather")
+    optimizer = make_optimizer(parameters, compressor, sparse_as_dense=as_dense)
+    for step in range(3):
+        optimizer.zero_grad()
+        raw = make_gradients({name: parameters[name] for name in ("before", "after")}, step)
+        rows = torch.tensor([3, hvd.rank(), 7, 3, 199])
+        weights = dyadic((5, 16), seed=step)
+        loss = (F.embedding(rows, parameters["embedding"], sparse=True) * weights).sum()
+        (loss + sum((parameters[name] * raw[name]).sum() for name in raw)).backward()
+        optimizer.synchronize()
+        raw["embedding"] = torch.zeros(200, 16).index_add(0, rows, weights)
+        assert parameters["embedding"].grad.is_sparse
+        check_gradients(parameters, raw, QSGD(), step, bypassed=set() if as_dense else {"embedding"})
+        apply(optimizer)
+    assert ("0/embedding" in compressor.stats().tensors) == as_dense
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "allreduce"])
+def test_memory_formats(exchange: str) -> None:
+    parameters = {
+        "transposed": torch.nn.Parameter(torch.zeros(60, 50).t()),
+        "channels_last": torch.nn.Parameter(torch.zeros(8, 6, 7, 9).to(memory_format=torch.channels_last)),
+        "plain": torch.nn.Parameter(torch.zeros(40, 50)),
+    }
+    compressor = QSGDCompressor(exchange=exchange)
+    optimizer = make_optimizer(parameters, compressor)
+    reference = {"allgather": reference_allgather, "allreduce": reference_allreduce}[exchange]
+    for step in range(2):
+        raw = make_gradients(parameters, step)
+        optimizer.zero_grad()
+        backward(parameters, raw)
+        assert not parameters["transposed"].grad.is_contiguous()
+        optimizer.synchronize()
+        check_gradients(parameters, raw, QSGD(), step, reference=reference)
+        apply(optimizer)
+    # Gradients that no backward pass made, in memory that is not even dense.
+    raw = make_gradients(parameters, 2)
+    for name, parameter in parameters.items():
+        parameter.grad = torch.zeros(*parameter.shape, 2)[..., 0].copy_(raw[name])
+    optimizer.synchronize()
+    check_gradients(parameters, raw, QSGD(), 2, reference=reference)
+
+
+def test_layers_that_are_frozen_and_unfrozen() -> None:
+    parameters = make_parameters({"backbone": (40, 50), "head": (30, 40)})
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"))
+    for step, trained in enumerate([("backbone", "head"), ("head",), ("head",), ("backbone", "head")]):
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trained)
+        before = parameters["backbone"].detach().clone()
+        raw = make_gradients(parameters, step)
+        reduce(optimizer, parameters, {name: raw[name] for name in trained})
+        expected = {name: raw[name] * (name in trained) for name in raw}
+        check_gradients(parameters, expected, QSGD(), step)
+        apply(optimizer)
+        assert torch.equal(parameters["backbone"], before) == ("backbone" not in trained)
+
+
+def test_what_is_frozen_when_the_optimizer_is_made_is_left_alone() -> None:
+    parameters = make_parameters({"backbone": (40, 50), "head": (30, 40)})
+    parameters["backbone"].requires_grad_(False)
+    compressor = QSGDCompressor(exchange="allgather")
+    optimizer = make_optimizer(parameters, compressor)
+    head = {"head": parameters["head"]}
+    raw = make_gradients(head)
+    reduce(optimizer, head, raw)
+    check_gradients(head, raw, QSGD(), 0)
+    assert parameters["backbone"].grad is None
+    assert set(compressor.stats().tensors) == {"0/head"}
+
+
+@pytest.mark.parametrize("as_class", [False, True])
+def test_two_optimizers_share_a_compressor(as_class: bool) -> None:
+    # Two networks with equal names, as in adversarial training.
+    TopKCompressor._default = None
+    compression: Any = TopKCompressor if as_class else TopKCompressor()
+    networks = [make_parameters({"weight": (40, 50), "bias": (50,)}) for _ in range(2)]
+    optimizers = [make_optimizer(network, compression) for network in networks]
+    for step in range(3):
+        for i, (network, optimizer) in enumerate(zip(networks, optimizers, strict=True)):
+            train(optimizer, network, [2 * step + i])
+    # As good as each by itself.
+    for i, network in enumerate(networks):
+        alone = make_parameters({"weight": (40, 50), "bias": (50,)})
+        train(make_optimizer(alone, TopKCompressor()), alone, [2 * step + i for step in range(3)])
+        assert_equal(digest(network.values()), digest(alone.values()))
+    assert set(compression.state_dict()["residuals"]) == {"0/weight", "1/weight"}
+
+
+def test_a_network_with_real_layers() -> None:
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 5), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.Conv2d(16, 8, 3),
+        torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(128, 20), torch.nn.LayerNorm(20),
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    parameters = dict(model.named_parameters())
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"))
+    inputs = dyadic((4, 3, 16, 16)).to(memory_format=torch.channels_last)
+    targets = torch.tensor([1, 5, 7, hvd.rank()])
+    weights = {name for name, p in parameters.items() if p.dim() >= 2}
+    assert all(parameters[name].numel() >= 1024 for name in weights)
+    for step in range(2):
+        optimizer.zero_grad()
+        # Asked for like this, gradients do not reach Horovod's hooks.
+        raw = torch.autograd.grad(F.cross_entropy(model(inputs), targets), list(parameters.values()))
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.synchronize()
+        for (name, parameter), gradient in zip(parameters.items(), raw, strict=True):
+            if name in weights:
+                assert_equal(parameter.grad, reference_allgather(QSGD(), gather(gradient), f"0/{name}", step))
+        assert_same_on_all_ranks([p.grad for p in parameters.values()])
+        apply(optimizer)
+
+
+# -- who takes part ---------------------------------------------------------------------------
+
+
+def check_process_set(members: list[list[int]]) -> None:
+    """Disjoint sets train side by side, each on the mean of its own ranks."""
+    process_sets = [hvd.add_process_set(ranks) for ranks in members]
+    mine = next((s for s in process_sets if s.included()), None)
+    try:
+        if mine is not None:
+            parameters = make_parameters({"weight": (40, 50), "bias": (50,)})
+            optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), process_set=mine)
+            for step in range(2):
+                raw = make_gradients(parameters, step)
+                reduce(optimizer, parameters, raw)
+                alone = {"weight"} if mine.size() == 1 else set()
+                bypassed = {"bias"} | alone if mine.size() != 3 else {"bias"}
+                check_gradients(parameters, raw, QSGD(), step, bypassed=bypassed, process_set=mine)
+                apply(optimizer)
+            x = dyadic((60, 60))
+            for exchange in ("auto", "scatter_gather", "allreduce"):
+                compressor = QSGDCompressor(exchange=exchange)
+                result = hvd.allreduce(x, name="x", compression=compressor, process_set=mine)
+                assert_within_a_level(QSGD(), result, gather(x, mine), roundings=2)
+                assert_same_on_all_ranks([result], mine)
+    finally:
+        hvd.barrier()
+        for process_set in process_sets:
+            hvd.remove_process_set(process_set)
+
+
+@pytest.mark.ranks(2)
+def test_process_sets_of_one_rank() -> None:
+    check_process_set([[0], [1]])
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("members", [[[0, 2], [1, 3]], [[0, 1, 3]], [[1, 2], [3]]], ids=str)
+def test_process_sets(members: list[list[int]]) -> None:
+    check_process_set(members)
+
+
+@pytest.mark.parametrize("settings", [{}, {"exchange": "scatter_gather"}, {"exchange": "allreduce"}], ids=str)
+def test_a_seed_repeats_a_run(settings: dict[str, Any]) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        parameters = make_parameters(SHAPES)
+        train(make_optimizer(parameters, QSGDCompressor(seed=seed, **settings)), parameters, range(3))
+        runs.append(digest(parameters.values()))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])

@@ -1,0 +1,313 @@
+"""Every backend gives the bytes of the NumPy code, touches nothing else, and is as quiet as promised."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from checkers import (
+    FILLER,
+    check_kernels,
+    check_lanes,
+    check_same_bits,
+    flip_bit,
+    float32_arrays,
+    gauss,
+    hard_arrays,
+    qsgd_codecs,
+    wrapper,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_qsgd import QSGD, Cast, Codec, ConfigError, Identity, PayloadError, TopK
+from hvd_qsgd.kernels import KERNELS, kernels_for
+
+#: Backends that must be here; the others are skipped, and the report says so.
+REQUESTED = os.environ.get("HVD_QSGD_TEST_BACKENDS", "numba,torch").split(",")
+BACKENDS = [
+    pytest.param(backend, marks=[] if backend in REQUESTED else pytest.mark.skip(reason=f"{backend}: not requested"))
+    for backend in ("numba", "torch")
+]
+EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+
+HARD = hard_arrays()
+KEYS = (0, 2**64 - 1, 0x0123456789ABCDEF)
+CODECS: list[Codec] = [
+    *(QSGD(bits=bits, norm=norm, rounding=rounding) for bits in range(2, 9) for norm, rounding in (("max", "stochastic"),)),
+    *(QSGD(bits=bits, norm="l2", rounding=rounding) for bits in (2, 5) for rounding in ("stochastic", "nearest")),
+    QSGD(bits=3, bucket_size=8),
+    QSGD(bits=7, bucket_size=24, rounding="nearest"),
+    QSGD(bits=6, bucket_size=65536, norm="l2"),
+    TopK(),
+    TopK(k=1),
+    TopK(ratio=1),
+    TopK(ratio=0.3, values="float16"),
+    TopK(k=10**6),
+    Identity(),
+    Cast(),
+    Cast("bfloat16"),
+]
+
+
+def some_codec() -> st.SearchStrategy[Codec]:
+    topk = st.builds(TopK, ratio=st.floats(0.01, 1), values=st.sampled_from(["float32", "float16"]))
+    return st.one_of(qsgd_codecs(), topk, st.sampled_from([Identity(), Cast(), Cast("bfloat16")]))
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_bytes_and_values_are_those_of_numpy(backend: str, codec: Codec) -> None:
+    for number, x in enumerate(HARD.values()):
+        first = codec.granularity * (0, 1, 2**23 + 7)[number % 3]
+        check_kernels(codec, kernels_for(codec, backend), x, KEYS[number % 3], first, wrapper(backend))
+
+
+@EACH_BACKEND
+@given(codec=some_codec(), x=float32_arrays(), key=st.integers(0, 2**64 - 1), bucket=st.integers(0, 2**28))
+def test_bytes_and_values_are_those_of_numpy_on_any_input(
+    backend: str, codec: Codec, x: np.ndarray, key: int, bucket: int
+) -> None:
+    check_kernels(codec, kernels_for(codec, backend), x, key, bucket * codec.granularity, wrapper(backend))
+
+
+@EACH_BACKEND
+def test_a_large_tensor_gives_the_bytes_of_numpy(backend: str) -> None:
+    x = gauss(10**6 + 77)
+    for codec in (QSGD(), TopK()):
+        check_kernels(codec, kernels_for(codec, backend), x, 5, 0, wrapper(backend))
+
+
+@EACH_BACKEND
+@given(codec=qsgd_codecs(), length=st.integers(1, 100), seed=st.integers(0, 99))
+def test_any_bytes_decode_to_the_values_of_numpy(backend: str, codec: QSGD, length: int, seed: int) -> None:
+    """A QSGD payload of the right size is always one, be its codes and scales what they may."""
+    payload = np.random.default_rng(seed).integers(0, 256, codec.payload_size(length), np.uint8)
+    expected, made = (np.ones(length, np.float32) for _ in range(2))
+    for mode in ("add", "subtract", "set"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            codec.decode_into(payload, expected, mode)
+        kernels_for(codec, backend).decode_into(wrapper(backend)(payload), wrapper(backend)(made), mode)
+        check_same_bits(made, expected)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("codec", [QSGD(bits=bits) for bits in range(2, 9)] + [QSGD(norm="l2", rounding="nearest")], ids=str)
+def test_lanes_are_those_of_numpy(backend: str, codec: QSGD) -> None:
+    for number, x in enumerate(HARD.values()):
+        check_lanes(codec, kernels_for(codec, backend), x, (1, 2, 3, 64, 1024)[number % 5], KEYS[number % 3], wrapper(backend))
+
+
+@EACH_BACKEND
+@given(codec=qsgd_codecs(), x=float32_arrays(), ranks=st.integers(1, 2000), key=st.integers(0, 2**64 - 1))
+def test_lanes_are_those_of_numpy_on_any_input(backend: str, codec: QSGD, x: np.ndarray, ranks: int, key: int) -> None:
+    check_lanes(codec, kernels_for(codec, backend), x, ranks, key, wrapper(backend))
+
+
+# -- the checkers can fail ----------------------------------------------------------------------
+
+
+class FlippedBit:
+    """Kernels that get one bit wrong in what one of their functions writes."""
+
+    def __init__(self, codec: Codec, function: str, bit: int, mode: str = "") -> None:
+        self.codec, self.function, self.bit, self.mode = codec, function, bit, mode
+
+    def __getattr__(self, name: str) -> Any:
+        original = getattr(self.codec, name)
+
+        def wrong(*arguments: Any) -> Any:
+            result = original(*arguments)
+            out = arguments[{"to_lanes": 3, "from_lanes": 3}.get(name, 1)]
+            if self.mode in ("", *arguments):
+                out[...] = flip_bit(out, self.bit)
+            return result
+
+        return wrong if name == self.function else original
+
+
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()], ids=str)
+@pytest.mark.parametrize(
+    ("function", "bit", "mode"),
+    [
+        ("encode_into", 0, ""),
+        ("encode_into", 8 * 9 + 3, ""),
+        ("encode_into", -1, ""),
+        ("decode_into", 1, "set"),
+        ("decode_into", 2, "add"),
+        ("decode_into", 8 * 4 * 500, "subtract"),
+    ],
+)
+def test_kernel_check_fails_on_one_flipped_bit(codec: Codec, function: str, bit: int, mode: str) -> None:
+    x = gauss(1030)
+    check_kernels(codec, codec, x)
+    # The last bit of the buffer lies beyond the payload.
+    bit = bit if bit >= 0 else 8 * (codec.payload_size(x.size) + 3) - 1
+    with pytest.raises(AssertionError, match="bytes differ"):
+        check_kernels(codec, FlippedBit(codec, function, bit, mode), x)
+
+
+@pytest.mark.parametrize("function", ["agree_into", "to_lanes", "from_lanes"])
+def test_lane_check_fails_on_one_flipped_bit(function: str) -> None:
+    x = gauss(1030)
+    check_lanes(QSGD(), QSGD(), x, 4)
+    with pytest.raises(AssertionError):
+        check_lanes(QSGD(), FlippedBit(QSGD(), function, 3), x, 4)
+
+
+def test_kernel_check_fails_if_the_input_is_changed() -> None:
+    class Greedy(Identity):
+        def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
+            size = super().encode_into(x, out, key, first)
+            x[-1:] = 0
+            return size
+
+    with pytest.raises(AssertionError, match="bytes differ"):
+        check_kernels(Identity(), Greedy(), gauss(9))
+
+
+# -- finding kernels ------------------------------------------------------------------------------
+
+
+def test_every_codec_has_kernels_on_every_backend() -> None:
+    for backend in KERNELS:
+        for codec in CODECS:
+            assert kernels_for(codec, backend).codec == codec
+    assert kernels_for(QSGD(), "numpy") == QSGD()
+    assert kernels_for(QSGD(), "numba") is kernels_for(QSGD(), "numba")
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ConfigError, match="Unknown backend 'cuda'; known are numpy, numba, torch"):
+        kernels_for(QSGD(), "cuda")
+
+
+def test_a_codec_without_kernels_for_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(KERNELS["torch"], "topk")
+    with pytest.raises(ConfigError, match="'topk' has no torch kernels"):
+        kernels_for(TopK(k=987654), "torch")
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_requested_backend_that_is_missing_fails(backend: str) -> None:
+    """Never silently the NumPy code in its place."""
+    script = f"import sys; sys.modules[{backend!r}] = None\n"
+    script += f"import hvd_qsgd.kernels as k; k.kernels_for(k.Codec.__subclasses__()[0](), {backend!r})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"ModuleNotFoundError: import of {backend} halted" in result.stderr
+
+
+# -- misuse -----------------------------------------------------------------------------------------
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()], ids=str)
+def test_a_payload_of_a_wrong_size_is_refused(backend: str, codec: Codec) -> None:
+    payload = codec.encode(gauss(1000))
+    for wrong in (payload[:-1], np.append(payload, np.uint8(0)), payload[:0]):
+        out = np.ones(1000, np.float32)
+        with pytest.raises(PayloadError, match="bytes, but"):
+            kernels_for(codec, backend).decode_into(wrapper(backend)(wrong.copy()), wrapper(backend)(out))
+        assert (out == 1).all()
+
+
+def wrong_modes() -> list[Any]:
+    defect = pytest.mark.xfail(strict=True, reason="numba kernels raise a bare ValueError that names nothing")
+    return [
+        pytest.param(backend, codec, marks=[defect] if backend == "numba" and codec.name in ("qsgd", "topk") else [])
+        for backend in ("numba", "torch")
+        for codec in (QSGD(), TopK(), Identity(), Cast())
+    ]
+
+
+@pytest.mark.parametrize(("backend", "codec"), wrong_modes())
+def test_an_unknown_mode_is_refused(backend: str, codec: Codec) -> None:
+    payload, out = codec.encode(gauss(10)), np.ones(10, np.float32)
+    with pytest.raises(ConfigError, match="mode='plus' is not one of"):
+        kernels_for(codec, backend).decode_into(wrapper(backend)(payload), wrapper(backend)(out), "plus")
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("numba", marks=pytest.mark.xfail(strict=True, reason="numba writes beyond the end of the buffer")),
+        "torch",
+    ],
+)
+def test_a_buffer_that_is_too_small_is_refused(backend: str) -> None:
+    """As by the NumPy code; above all nothing is written behind it."""
+    memory = np.full(1000, FILLER, np.uint8)
+    for kernels, wrap in ((QSGD(), wrapper("numpy")), (kernels_for(QSGD(), backend), wrapper(backend))):
+        with pytest.raises((ValueError, RuntimeError)):
+            kernels.encode_into(wrap(gauss(512)), wrap(memory[:100]))
+        assert set(memory[100:]) == {FILLER}
+
+
+# -- resources --------------------------------------------------------------------------------------
+
+
+def test_numba_qsgd_allocates_next_to_nothing() -> None:
+    codec = QSGD()
+    kernels = kernels_for(codec, "numba")
+    x = gauss(1 << 20)
+    out = np.empty(codec.payload_size(x.size), np.uint8)
+    agreed = np.empty(codec.agreement_length(x.size), np.int32)
+    lanes = np.empty(codec.lanes_length(x.size, 8), np.int32)
+
+    def work() -> None:
+        kernels.encode_into(x, out, 1)
+        kernels.decode_into(out, x, "add")
+        kernels.agree_into(x, agreed)
+        kernels.to_lanes(x, agreed, 8, lanes)
+        kernels.from_lanes(lanes, agreed, 8, x, 8)
+
+    def peak() -> int:
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    work()
+    assert peak() < 16 << 10
+    # The measurement sees the arrays of NumPy: the same work by the specification takes megabytes.
+    kernels = codec
+    assert peak() > 1 << 20
+
+
+@pytest.mark.parametrize("codec", [QSGD(), TopK()], ids=str)
+def test_numba_lets_other_threads_run(codec: Codec) -> None:
+    kernels = kernels_for(codec, "numba")
+    x = gauss(1 << 23)
+    out = np.empty(codec.payload_size(x.size), np.uint8)
+    kernels.encode_into(x[:512], out)
+    inside, turns = threading.Event(), 0
+
+    def count() -> None:
+        nonlocal turns
+        while not inside.is_set():
+            turns += 1
+
+    # Without this, the interpreter takes the GIL from a thread only after an hour: who runs then was let run.
+    interval = sys.getswitchinterval()
+    other = threading.Thread(target=count)
+    sys.setswitchinterval(3600)
+    try:
+        other.start()
+        turns = 0
+        kernels.encode_into(x, out)
+        made = turns
+        inside.set()
+    finally:
+        sys.setswitchinterval(interval)
+        inside.set()
+        other.join()
+    assert made > 0
