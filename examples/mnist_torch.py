@@ -22,9 +22,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
 
-BATCH_SIZE = 32  # of one worker
-LEARNING_RATE = 0.01  # of one worker
-MOMENTUM = 0.9
+BATCH_SIZE = 50  # of one worker
+LEARNING_RATE = 0.05  # of one worker
+MOMENTUM = 0.5
 
 
 def make_compression(name: str, bits: int = 4, ratio: float = 0.01, seed: int = 0) -> Any:
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--compression", choices=["none", "fp16", "qsgd", "topk"], default="qsgd")
     parser.add_argument("--bits", type=int, default=4, help="for each number, with qsgd (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.01, help="part that topk sends (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write losses and bytes of all steps here")
     arguments = parser.parse_args()

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import psutil
+
+from hvd_qsgd import QSGD, TopK
+from hvd_qsgd.collectives.simulated import simulate
+from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
+from hvd_qsgd.kernels import kernels_for
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Where ranks that run pytest put their counts: a directory, named by this variable.
@@ -101,3 +107,16 @@ def kill_tree(pid: int) -> None:
             member.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+def compile_kernels() -> None:
+    """Compile, to the cache on disk, what otherwise all ranks would compile at the same time."""
+    pairs = [(exchange, QSGD()) for exchange in EXCHANGES] + [("allgather", TopK())]
+    for exchange, codec in pairs:
+        arrays = [np.arange(2000, dtype=np.float32) for _ in range(2)]
+        kernels = kernels_for(codec, "numba")
+        jobs = [
+            Job("warm-up", [Piece("x", x, np.empty_like(x), keep_error=True)], kernels, rank, 2, np.empty)
+            for rank, x in enumerate(arrays)
+        ]
+        simulate([EXCHANGES[exchange](job) for job in jobs])

@@ -366,7 +366,8 @@ class Compressor:
 
 def array_of(tensor: torch.Tensor) -> Any:
     """The tensor as a flat float32 array for the kernels, sharing its memory where it can."""
-    flat = tensor.detach().reshape(-1).to(torch.float32)
+    # reshape() alone may give a view with gaps.
+    flat = tensor.detach().reshape(-1).contiguous().to(torch.float32)
     return flat.numpy() if flat.device.type == "cpu" else flat
 
 

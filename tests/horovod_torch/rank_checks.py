@@ -18,6 +18,8 @@ from hvd_qsgd.random_words import key_of, stream_of
 
 #: Not a multiple of any bucket size: 10 buckets of 512 and a tail, an odd number of elements.
 SHAPE = (71, 73)
+#: A power of two, so that its products are exact.
+LR = 0.125
 Parameters = dict[str, torch.nn.Parameter]
 
 
@@ -153,7 +155,7 @@ def make_parameters(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = to
     }
 
 
-def make_optimizer(parameters: Parameters, compression: Any, lr: float = 0.1, **settings: Any) -> Any:
+def make_optimizer(parameters: Parameters, compression: Any, lr: float = LR, **settings: Any) -> Any:
     optimizer = torch.optim.SGD(list(parameters.values()), lr=lr)
     return hvd.DistributedOptimizer(
         optimizer, named_parameters=list(parameters.items()), compression=compression, **settings

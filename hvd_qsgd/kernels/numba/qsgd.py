@@ -93,6 +93,20 @@ def round_nibbles(first, second, packed, factor, offset, top, key_low, key_high,
 
 
 @jit
+def round_crumbs(a, b, c, d, packed, factor, offset, top, key_low, key_high, word):  # type: ignore[no-untyped-def]
+    """:func:`round_halves` and the packing of 2-bit codes in one pass over the four quarters."""
+    quarter = len(packed)
+    for j in range(quarter):
+        even = random_word(np.uint32(word + j), key_low, key_high)
+        odd = random_word(np.uint32(word + quarter + j), key_low, key_high)
+        code = offset_level(a[j] * factor, low_half(even), offset, top)
+        code = np.int32(code | np.int32(offset_level(b[j] * factor, low_half(odd), offset, top) << np.int32(2)))
+        code = np.int32(code | np.int32(offset_level(c[j] * factor, high_half(even), offset, top) << np.int32(4)))
+        code = np.int32(code | np.int32(offset_level(d[j] * factor, high_half(odd), offset, top) << np.int32(6)))
+        packed[j] = np.uint8(code)
+
+
+@jit
 def is_usable(scale):  # type: ignore[no-untyped-def]
     return scale > ZERO and scale < np.float32(np.inf)
 
@@ -193,12 +207,24 @@ def encode(x, out, scales, bits, bucket_size, use_l2, stochastic, key_low, key_h
         scale = bucket_scale(patterns[begin : begin + bucket_size], values, use_l2)
         scales[bucket] = scale
         first_word = word + bucket * half
-        if bits == 4 and stochastic and len(values) == bucket_size and scale >= TINY:
-            # The default deserves a loop of its own: the codes never leave the registers.
+        # The common cases have loops of their own, in which the codes never leave the registers.
+        common = stochastic and len(values) == bucket_size and scale >= TINY
+        if common and bits == 4:
             packed = out[at : at + half]
             factor = factor_of(scale, levels)
             round_nibbles(values[:half], values[half:], packed, factor, offset, top, key_low, key_high, first_word)
             at += half
+        elif common and bits == 2:
+            t = half // 2
+            packed = out[at : at + t]
+            factor = factor_of(scale, levels)
+            a, b, c, d = values[:t], values[t:half], values[half : half + t], values[half + t :]
+            round_crumbs(a, b, c, d, packed, factor, offset, top, key_low, key_high, first_word)
+            at += t
+        elif bits == 8:
+            packed = out[at : at + len(values)]
+            bucket_codes(values, scale, packed, levels, stochastic, key_low, key_high, first_word)
+            at += len(values)
         else:
             bucket_codes(values, scale, codes, levels, stochastic, key_low, key_high, first_word)
             at += pack_bucket(codes, len(values), bits, out[at:])

@@ -1,0 +1,283 @@
+"""Error feedback over several steps: nothing is lost, doubled or spoiled, and it survives a restart."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
+from rank_checks import (
+    LR,
+    Parameters,
+    assert_equal,
+    assert_same_on_all_ranks,
+    backward,
+    digest,
+    dyadic,
+    gather,
+    make_gradients,
+    make_optimizer,
+    make_parameters,
+    train,
+)
+
+SHAPES = {"first": (40, 50), "bias": (50,), "second": (30, 41)}
+COMPRESSED = ["first", "second"]
+
+
+def residuals(compressor: Compressor, index: int = 0) -> dict[str, torch.Tensor]:
+    held = compressor.state_dict()["residuals"]
+    return {name: held[f"{index}/{name}"].clone() for name in COMPRESSED}
+
+
+def state_digest(compressor: Compressor) -> torch.Tensor:
+    state = compressor.state_dict()
+    return digest([*state["residuals"].values(), torch.tensor(list(state["steps"].values()))])
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, flat, in float64."""
+    return torch.stack(gather(tensor.reshape(-1))).double().sum(0)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "exact"),
+    [
+        (TopKCompressor(), True),
+        (TopKCompressor(k=100, values="float16"), True),
+        (QSGDCompressor(3, rounding="nearest", exchange="allgather"), False),
+        (QSGDCompressor(3, rounding="nearest", exchange="scatter_gather"), False),
+        (QSGDCompressor(3, rounding="nearest", exchange="allreduce"), False),
+        (QSGDCompressor(3, exchange="scatter_gather", error_feedback=True), False),
+    ],
+    ids=repr,
+)
+def test_what_is_not_sent_is_kept(compressor: Compressor, exact: bool) -> None:
+    """Over all ranks, inputs and old residuals are what was sent and the new residuals."""
+    parameters = make_parameters(SHAPES)
+    optimizer = make_optimizer(parameters, compressor)
+    old = {name: torch.zeros(parameters[name].numel()) for name in COMPRESSED}
+    for step in range(4):
+        optimizer.zero_grad()
+        raw = make_gradients(parameters, step)
+        backward(parameters, raw)
+        optimizer.synchronize()
+        assert_same_on_all_ranks([p.grad for p in parameters.values()])
+        new = residuals(compressor)
+        for name in COMPRESSED:
+            before = total(raw[name]) + total(old[name])
+            after = hvd.size() * parameters[name].grad.double().reshape(-1) + total(new[name])
+            if exact:
+                # The inputs are such that sums do not round.
+                assert_equal(after, before)
+            else:
+                torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+            assert new[name].any()
+        old = new
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+def test_top_k_residuals_are_what_this_rank_kept_back() -> None:
+    compressor = TopKCompressor(k=20)
+    x = dyadic((60, 70))
+    corrected = x.clone()
+    for _ in range(3):
+        hvd.allreduce(x, name="x", compression=compressor)
+        largest = torch.zeros(x.numel(), dtype=torch.bool)
+        # Of equal magnitudes the first is sent.
+        largest[corrected.view(-1).abs().sort(descending=True, stable=True).indices[:20]] = True
+        expected = corrected.masked_fill(largest.view_as(x), 0)
+        assert_equal(compressor.state_dict()["residuals"]["x"].view_as(x), expected)
+        corrected = x + expected
+
+
+# -- synchronize() before step() --------------------------------------------------------------
+
+
+def start(compressor: Any, **settings: Any) -> tuple[Parameters, Any]:
+    """A training after its first step."""
+    parameters = make_parameters(SHAPES)
+    optimizer = make_optimizer(parameters, compressor, **settings)
+    train(optimizer, parameters, [0])
+    optimizer.zero_grad()
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "again"),
+    [({}, 1.0), ({"groups": 1}, 1.0), ({"op": hvd.Sum}, hvd.size()), ({"backward_passes_per_step": 2}, 1.0)],
+    ids=str,
+)
+def test_step_after_synchronize(settings: dict[str, Any], again: float, skip: bool, clip: bool) -> None:
+    compressor = TopKCompressor()
+    parameters, optimizer = start(compressor, **settings)
+    for seed in range(1, 4):
+        for _ in range(settings.get("backward_passes_per_step", 1)):
+            backward(parameters, make_gradients(parameters, seed))
+        optimizer.synchronize()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)
+        reduced = {name: p.grad.clone() for name, p in parameters.items()}
+        weights = {name: p.detach().clone() for name, p in parameters.items()}
+        state, sent = state_digest(compressor), compressor.stats().wire_bytes
+        if skip:
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        else:
+            with pytest.warns(UserWarning, match="without optimizer.skip_synchronize"):
+                optimizer.step()
+        factor = 1.0 if skip else again  # Horovod sums a second time, too.
+        for name, parameter in parameters.items():
+            assert_equal(parameter.grad, reduced[name] * factor)
+            assert_equal(parameter, weights[name] - LR * parameter.grad)
+        assert_equal(state_digest(compressor), state)
+        assert compressor.stats().wire_bytes == sent
+        assert_same_on_all_ranks(parameters.values())
+        optimizer.zero_grad()
+
+
+def test_gradients_that_come_after_synchronize_are_compressed() -> None:
+    compressor = TopKCompressor()
+    parameters, optimizer = start(compressor)
+    backward(parameters, make_gradients(parameters, 1))
+    optimizer.synchronize()
+    exchanges = compressor.stats().tensors["0/first"].exchanges
+    backward(parameters, make_gradients(parameters, 2))
+    with pytest.warns(UserWarning, match="without optimizer.skip_synchronize"):
+        optimizer.step()
+    assert compressor.stats().tensors["0/first"].exchanges == exchanges + 1
+    assert_same_on_all_ranks(parameters.values())
+
+
+# -- what is not finite -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        TopKCompressor(),
+        QSGDCompressor(rounding="nearest", exchange="allgather"),
+        QSGDCompressor(rounding="nearest", exchange="scatter_gather"),
+        QSGDCompressor(rounding="nearest", exchange="allreduce"),
+    ],
+    ids=repr,
+)
+def test_residuals_survive_what_is_not_finite(compressor: Compressor) -> None:
+    parameters, optimizer = start(compressor)
+    for step, value in enumerate([float("nan"), float("inf"), float("-inf")]):
+        before = residuals(compressor)
+        raw = make_gradients(parameters, step)
+        if hvd.rank() == hvd.size() - 1:
+            raw["first"].view(-1)[700] = value
+        backward(parameters, raw)
+        optimizer.synchronize()
+        assert_same_on_all_ranks([p.grad for p in parameters.values()])
+        spoiled = parameters["first"].grad.isnan().view(-1)
+        if isinstance(compressor, TopKCompressor):
+            assert spoiled.all()
+        else:
+            assert spoiled[512:1024].all() and int(spoiled.sum()) == 512
+        assert not parameters["second"].grad.isnan().any()
+        after = residuals(compressor)
+        assert_equal(after["first"], before["first"])
+        assert not torch.equal(after["second"], before["second"])
+        assert all(residual.isfinite().all() for residual in after.values())
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [QSGDCompressor, TopKCompressor])
+def test_gradient_scaler_skips_the_step_on_all_ranks(kind: type[Compressor]) -> None:
+    compressor = kind()
+    parameters = make_parameters(SHAPES)
+    optimizer = make_optimizer(parameters, compressor)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100)
+    for seed in range(4):
+        optimizer.zero_grad()
+        raw = make_gradients(parameters, seed)
+        if seed == 2 and hvd.rank() == 1:
+            raw["first"][0, 0] = float("inf")
+        backward(parameters, {name: scaler.scale(gradient) for name, gradient in raw.items()})
+        optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        with optimizer.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, before[name]) == (seed == 2)
+            assert parameter.isfinite().all()
+        assert scaler.get_scale() == (8.0 if seed < 2 else 4.0)
+        assert_same_on_all_ranks(parameters.values())
+
+
+# -- restart ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": TopKCompressor},
+        {"kind": QSGDCompressor},
+        {"kind": QSGDCompressor, "rounding": "nearest", "exchange": "scatter_gather"},
+        {"kind": QSGDCompressor, "rounding": "nearest", "exchange": "allreduce"},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_one_that_was_not_interrupted(settings: dict[str, Any]) -> None:
+    settings = dict(settings)
+    kind = settings.pop("kind")
+
+    def run(saved: bytes | None, start: Parameters, seeds: range) -> tuple[bytes, Parameters, torch.Tensor]:
+        # Horovod's hooks of an earlier optimizer would stay on the parameters.
+        weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
+        compressor = kind(**settings)
+        if saved is not None:
+            compressor.load_state_dict(torch.load(io.BytesIO(saved)))
+        train(make_optimizer(weights, compressor), weights, seeds)
+        stream = io.BytesIO()
+        torch.save(compressor.state_dict(), stream)
+        return stream.getvalue(), weights, digest([*weights.values(), state_digest(compressor)])
+
+    beginning = make_parameters(SHAPES)
+    _, _, uninterrupted = run(None, beginning, range(6))
+    saved, halfway, _ = run(None, beginning, range(3))
+    _, _, resumed = run(saved, halfway, range(3, 6))
+    assert_equal(resumed, uninterrupted)
+    _, _, forgotten = run(None, halfway, range(3, 6))
+    assert not torch.equal(forgotten, uninterrupted)
+
+
+def test_saved_state_does_not_change_later() -> None:
+    compressor = TopKCompressor()
+    parameters, optimizer = start(compressor)
+    state = compressor.state_dict()
+    saved = [value.clone() for value in state["residuals"].values()]
+    other = TopKCompressor()
+    other.load_state_dict(state)
+    train(optimizer, parameters, [1])
+    for now, then in zip(state["residuals"].values(), saved, strict=True):
+        assert_equal(now, then)
+    assert_equal(state_digest(other), digest([*saved, torch.tensor(list(state["steps"].values()))]))
+
+
+def test_state_of_another_compressor_is_refused() -> None:
+    with pytest.raises(ConfigError, match="settings of the saved run"):
+        TopKCompressor().load_state_dict(QSGDCompressor().state_dict())
+
+
+def test_a_changed_model_is_refused_until_reset() -> None:
+    compressor = TopKCompressor()
+    hvd.allreduce(dyadic((40, 50)), name="x", compression=compressor)
+    with pytest.raises(ConfigError, match="reset"):
+        hvd.allreduce(dyadic((40, 51)), name="x", compression=compressor)
+    compressor.reset()
+    hvd.allreduce(dyadic((40, 51)), name="x", compression=compressor)
+    assert len(compressor.state_dict()["residuals"]["x"]) == 40 * 51

@@ -1,0 +1,62 @@
+"""hvd.join(): ranks that have run out of data while others go on."""
+
+from __future__ import annotations
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+from hvd_qsgd import QSGD
+from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.torch import QSGDCompressor, TopKCompressor
+from rank_checks import (
+    assert_same_on_all_ranks,
+    assert_within_a_level,
+    backward,
+    dyadic,
+    make_gradients,
+    make_optimizer,
+    make_parameters,
+)
+
+STAYING = range(hvd.size() - 1)
+
+
+def test_a_joined_rank_counts_as_zeros_like_in_plain_horovod() -> None:
+    parameters = make_parameters({"first": (40, 50), "bias": (50,), "second": (30, 41)})
+    optimizer = make_optimizer(parameters, QSGDCompressor(8, exchange="allreduce"))
+    for step in range(3):
+        if step == 1 and hvd.rank() not in STAYING:
+            break
+        optimizer.zero_grad()
+        backward(parameters, make_gradients(parameters, step))
+        optimizer.synchronize()
+        ranks = range(hvd.size()) if step == 0 else STAYING
+        raws = [make_gradients(parameters, step, rank) for rank in ranks]
+        zeros = [torch.zeros(())] * (hvd.size() - len(ranks))
+        for name, parameter in parameters.items():
+            inputs = [raw[name] for raw in raws] + [zero.expand(parameter.shape) for zero in zeros]
+            if name == "bias":
+                torch.testing.assert_close(parameter.grad, torch.stack(inputs).mean(0))
+            else:
+                assert_within_a_level(QSGD(8), parameter.grad, inputs)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    assert hvd.join() in STAYING
+    # Those that stayed have the same weights; the other one gets them by a broadcast.
+    hvd.broadcast_parameters(parameters, root_rank=0)
+    assert_same_on_all_ranks(parameters.values())
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [QSGDCompressor(exchange="allgather"), QSGDCompressor(exchange="scatter_gather"), TopKCompressor()],
+    ids=repr,
+)
+def test_gathering_with_a_joined_rank_is_refused(compressor: QSGDCompressor | TopKCompressor) -> None:
+    hvd.allreduce(dyadic((40, 50)), name="x", compression=compressor)
+    if hvd.rank() in STAYING:
+        with pytest.raises(UnsupportedError, match='Use exchange="allreduce"'):
+            hvd.allreduce(dyadic((40, 50)), name="x", compression=compressor)
+    hvd.join()
+    hvd.allreduce(dyadic((40, 50)), name="x", compression=QSGDCompressor())

@@ -1,0 +1,130 @@
+"""What cannot work raises an error that says so, on every rank, and leaves Horovod usable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
+from hvd_qsgd.exchanges import EXCHANGES
+from hvd_qsgd.torch import CastCompressor, Compressor, QSGDCompressor, TopKCompressor
+from rank_checks import SHAPE, assert_equal, backward, dyadic, make_gradients, make_optimizer, make_parameters
+
+
+@pytest.fixture(autouse=True)
+def _horovod_still_works() -> Iterator[None]:
+    yield
+    x = dyadic(SHAPE)
+    assert_equal(hvd.allreduce(x, name="after"), hvd.allreduce(x, name="after", compression=hvd.Compression.none))
+    hvd.allreduce(x, name="after", compression=QSGDCompressor())
+
+
+@pytest.mark.parametrize("op", [hvd.Adasum, hvd.Min, hvd.Max, hvd.Product])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_operations_that_are_not_linear(op: Any, grouped: bool) -> None:
+    x = dyadic(SHAPE)
+    with pytest.raises(UnsupportedError, match=r"Use op=hvd\.Average or op=hvd\.Sum"):
+        if grouped:
+            hvd.grouped_allreduce([x], name="x", op=op, compression=QSGDCompressor)
+        else:
+            hvd.allreduce(x, name="x", op=op, compression=QSGDCompressor)
+
+
+def test_adasum_optimizer() -> None:
+    parameters = make_parameters({"weight": (40, 50)})
+    optimizer = make_optimizer(parameters, QSGDCompressor, op=hvd.Adasum)
+    with pytest.raises(UnsupportedError, match="Adasum is not linear"):
+        backward(parameters, make_gradients(parameters))
+    del optimizer
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: hvd.reducescatter(x, name="x", compression=QSGDCompressor),
+        lambda x: hvd.grouped_reducescatter([x], name="x", compression=QSGDCompressor),
+    ],
+)
+def test_reducescatter(call: Callable[[torch.Tensor], Any]) -> None:
+    with pytest.raises(UnsupportedError, match="another part of the result"):
+        call(dyadic(SHAPE))
+
+
+def test_a_tensor_that_requires_a_gradient() -> None:
+    x = dyadic(SHAPE).requires_grad_()
+    with pytest.raises(UnsupportedError, match=r"tensor\.detach\(\)"):
+        hvd.allreduce(x, name="x", compression=QSGDCompressor)
+    with pytest.raises(UnsupportedError, match=r"tensor\.detach\(\)"):
+        hvd.grouped_allreduce([x * 2], name="x", compression=QSGDCompressor)
+    with torch.no_grad():
+        result = hvd.allreduce(x, name="x", compression=QSGDCompressor())
+    assert_equal(result, hvd.allreduce(x.detach(), name="x", compression=QSGDCompressor()))
+
+
+def test_error_feedback_without_a_name() -> None:
+    with pytest.raises(UnsupportedError, match="without a name"):
+        hvd.allreduce(dyadic(SHAPE), compression=TopKCompressor)
+    with pytest.raises(UnsupportedError, match="without a name"):
+        hvd.grouped_allreduce([dyadic(SHAPE)], compression=TopKCompressor)
+
+
+@pytest.mark.parametrize("compression", [QSGDCompressor, TopKCompressor(), CastCompressor()])
+def test_compress_by_hand(compression: Any) -> None:
+    with pytest.raises(UnsupportedError, match="was not called by a function of Horovod"):
+        compression.compress(dyadic(SHAPE))
+
+
+def by_rank(rank_0: Compressor, others: Compressor) -> Compressor:
+    return rank_0 if hvd.rank() == 0 else others
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        *(by_rank(QSGDCompressor(4, exchange=e), QSGDCompressor(5, exchange=e)) for e in EXCHANGES),
+        *(by_rank(QSGDCompressor(exchange=e), QSGDCompressor(exchange=e, norm="l2")) for e in EXCHANGES),
+        by_rank(TopKCompressor(0.01), TopKCompressor(0.02)),
+        by_rank(TopKCompressor(0.01), QSGDCompressor(exchange="allgather")),
+        by_rank(CastCompressor(exchange="scatter_gather"), CastCompressor("bfloat16", exchange="scatter_gather")),
+    ],
+    ids=range(9),
+)
+def test_settings_that_differ_between_ranks(compressor: Compressor) -> None:
+    for _ in range(2):
+        with pytest.raises(ExchangeError, match="All ranks must run the same model with the same compressor settings"):
+            hvd.allreduce(dyadic(SHAPE), name="differs", compression=compressor)
+
+
+def test_settings_that_differ_between_ranks_of_an_optimizer() -> None:
+    parameters = make_parameters({"first": (40, 50), "second": (30, 41)})
+    optimizer = make_optimizer(parameters, QSGDCompressor(4 + (hvd.rank() == 0)))
+    backward(parameters, make_gradients(parameters))
+    with pytest.raises(ExchangeError, match="same compressor settings"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exchange": "broadcast"},
+        {"min_elements": -1},
+        {"min_dims": 1.5},
+        {"seed": 2**64},
+        {"fusion_elements": 0},
+        {"bits": 9},
+        {"norm": "l2", "error_feedback": True},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        QSGDCompressor(**settings)
+
+
+def test_an_exchange_that_cannot_carry_the_codec() -> None:
+    with pytest.raises(ConfigError, match="it travels by allgather"):
+        TopKCompressor(exchange="scatter_gather")
