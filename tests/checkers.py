@@ -151,7 +151,9 @@ def guarded(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return whole, typed[GUARD : GUARD + array.size]
 
 
-def check_kernels(codec: Codec, kernels: Kernels, x: np.ndarray, key: int = 0, first: int = 0, wrap: Any = as_is) -> None:
+def check_kernels(
+    codec: Codec, kernels: Kernels, x: np.ndarray, key: int = 0, first: int = 0, wrap: Any = as_is
+) -> None:
     """Kernels give the bytes of the codec's own NumPy code, and read and write nothing else."""
     size = codec.payload_size(x.size)
     expected, made = (np.full(size + 2 * GUARD, FILLER, np.uint8) for _ in range(2))
@@ -178,9 +180,35 @@ def check_kernels(codec: Codec, kernels: Kernels, x: np.ndarray, key: int = 0, f
                 if mode == "set":
                     implementation.decode_into(convert(payload), convert(out), mode)
             check_same_bits(out, outcomes[mode])
-            edge = GUARD * out.itemsize
-            assert set(whole[:edge]) == set(whole[len(whole) - edge :]) == {FILLER}
+            check_guards(whole)
     check_same_bits(made, expected)
+    check_average(codec, kernels, x, key, wrap)
+
+
+def check_guards(whole: np.ndarray) -> None:
+    """Nothing was written around an array of 4-byte elements that :func:`guarded` made."""
+    edge = 4 * GUARD
+    assert set(whole[:edge]) == set(whole[len(whole) - edge :]) == {FILLER}
+
+
+def check_average(codec: Codec, kernels: Kernels, x: np.ndarray, key: int, wrap: Any) -> None:
+    """Payloads anywhere in a message become the sum of their values, in order, over their number."""
+    parts, spans, total, at = [], [], np.zeros(x.size, np.float32), GUARD
+    for rank in range(3):
+        with np.errstate(over="ignore"):
+            values = x * np.float32(rank - 0.5)
+        payload = codec.encode(values, key + rank)
+        parts += [np.full(GUARD, FILLER, np.uint8), payload]
+        spans.append((at, at + len(payload)))
+        at += len(payload) + GUARD
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = total + codec.decode(payload, x.shape)
+            for implementation, convert in ((codec, as_is), (kernels, wrap)):
+                whole, out = guarded(np.ones(x.size, np.float32))
+                implementation.average_into(convert(np.concatenate(parts)), spans, convert(out))
+                check_same_bits(out, total / np.float32(len(spans)))
+                check_guards(whole)
+    assert kernels.all_finite(wrap(x.copy())) == codec.all_finite(x) == bool(np.isfinite(x).all())
 
 
 def check_lanes(codec: QSGD, kernels: Any, x: np.ndarray, ranks: int, key: int = 0, wrap: Any = as_is) -> None:
@@ -208,7 +236,7 @@ def check_lanes(codec: QSGD, kernels: Any, x: np.ndarray, ranks: int, key: int =
         half = len(outcomes) // 2
         for specified, made in zip(outcomes[:half], outcomes[half:]):
             check_same_bits(made, specified)
-            assert set(made[: 4 * GUARD]) == set(made[len(made) - 4 * GUARD :]) == {FILLER}
+            check_guards(made)
 
 
 # -- exchanges --------------------------------------------------------------------------------
@@ -249,7 +277,9 @@ def tampered(steps: Steps, collective: int, change: Callable[[Any], Any]) -> Gen
         number += 1
 
 
-def run_exchange(exchange: str, jobs: Sequence[Job], tamper: tuple[int, int, Callable[[Any], Any]] | None = None) -> None:
+def run_exchange(
+    exchange: str, jobs: Sequence[Job], tamper: tuple[int, int, Callable[[Any], Any]] | None = None
+) -> None:
     """Run all ranks to the end. ``tamper``: rank, number of the collective and what happens to its outcome."""
     steps: list[Any] = [EXCHANGES[exchange](job) for job in jobs]
     if tamper is not None:

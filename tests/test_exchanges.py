@@ -61,6 +61,7 @@ def test_all_ranks_end_with_the_same_bits(exchange: str, codec: Codec, ranks: in
     assert not any((piece.out == -77).any() for job in jobs for piece in job.pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exchange", "ranks"), [("scatter_gather", 1024), ("allreduce", 1024), ("allgather", 256)])
 def test_all_of_a_thousand_ranks_end_with_the_same_bits(exchange: str, ranks: int) -> None:
     """allgather decodes the payloads of all ranks on all ranks: a quarter is enough."""

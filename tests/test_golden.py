@@ -22,11 +22,27 @@ sys.path.insert(0, str(TOOL.parent))
 from write_golden_files import CASES, DIRECTORY, SUFFIXES, Case, digest, make_bytes, read_bytes  # noqa: E402
 
 #: Listed here as well, so that no case can be dropped unnoticed.
-NAMES = """
-    qsgd_2bit qsgd_3bit qsgd_4bit_second_part qsgd_7bit_nearest qsgd_8bit_l2 qsgd_l2_nearest qsgd_not_finite
-    qsgd_zeros_and_tail_of_one qsgd_extreme_magnitudes topk_plain topk_bitmap topk_gaps_float16 topk_ties_and_zeros
-    topk_not_finite cast_float16 cast_bfloat16 identity lanes_4bit_4_ranks lanes_8bit_1000_ranks_not_finite
-""".split()
+NAMES = [
+    "qsgd_2bit",
+    "qsgd_3bit",
+    "qsgd_4bit_second_part",
+    "qsgd_7bit_nearest",
+    "qsgd_8bit_l2",
+    "qsgd_l2_nearest",
+    "qsgd_not_finite",
+    "qsgd_zeros_and_tail_of_one",
+    "qsgd_extreme_magnitudes",
+    "topk_plain",
+    "topk_bitmap",
+    "topk_gaps_float16",
+    "topk_ties_and_zeros",
+    "topk_not_finite",
+    "cast_float16",
+    "cast_bfloat16",
+    "identity",
+    "lanes_4bit_4_ranks",
+    "lanes_8bit_1000_ranks_not_finite",
+]
 BACKENDS = ("numpy", "numba", "torch")
 
 

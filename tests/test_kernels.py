@@ -42,7 +42,11 @@ EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 HARD = hard_arrays()
 KEYS = (0, 2**64 - 1, 0x0123456789ABCDEF)
 CODECS: list[Codec] = [
-    *(QSGD(bits=bits, norm=norm, rounding=rounding) for bits in range(2, 9) for norm, rounding in (("max", "stochastic"),)),
+    *(
+        QSGD(bits=bits, norm=norm, rounding=rounding)
+        for bits in range(2, 9)
+        for norm, rounding in (("max", "stochastic"),)
+    ),
     *(QSGD(bits=bits, norm="l2", rounding=rounding) for bits in (2, 5) for rounding in ("stochastic", "nearest")),
     QSGD(bits=3, bucket_size=8),
     QSGD(bits=7, bucket_size=24, rounding="nearest"),
@@ -86,6 +90,39 @@ def test_a_large_tensor_gives_the_bytes_of_numpy(backend: str) -> None:
         check_kernels(codec, kernels_for(codec, backend), x, 5, 0, wrapper(backend))
 
 
+def misleading_arrays() -> dict[str, np.ndarray]:
+    """Large arrays of which a sample at equal distances gives a wrong idea."""
+    length = 1 << 17
+    at_each = {step: np.arange(length) % step == 0 for step in (8, 9)}
+    noise = gauss(length)
+    return {
+        "large where sampled": np.where(at_each[8], noise + 100, noise),
+        "small where sampled": np.where(at_each[8], noise, noise + 100),
+        "almost all zero": np.where(np.arange(length) > length - 500, noise, 0),
+        "zero but where sampled": np.where(at_each[8], noise, 0),
+        "a single value": np.ones(length, np.float32),
+        "few values": np.round(noise),
+        "descending": np.sort(noise)[::-1],
+        "NaN where not sampled": np.where(np.arange(length) == 12345, np.nan, noise),
+        "subnormal": noise * np.float32(2.0**-140),
+    }
+
+
+MISLEADING = misleading_arrays()
+
+
+@pytest.mark.parametrize("name", MISLEADING)
+@pytest.mark.parametrize("codec", [TopK(), TopK(k=1), TopK(ratio=0.2)], ids=str)
+def test_topk_by_numba_is_not_misled(codec: Codec, name: str) -> None:
+    x = np.ascontiguousarray(MISLEADING[name], np.float32)
+    check_same_bits(encoded(kernels_for(codec, "numba"), x), codec.encode(x))
+
+
+def encoded(kernels: Any, x: np.ndarray) -> np.ndarray:
+    out = np.empty(kernels.codec.payload_size(x.size), np.uint8)
+    return out[: kernels.encode_into(x, out)]
+
+
 @EACH_BACKEND
 @given(codec=qsgd_codecs(), length=st.integers(1, 100), seed=st.integers(0, 99))
 def test_any_bytes_decode_to_the_values_of_numpy(backend: str, codec: QSGD, length: int, seed: int) -> None:
@@ -100,10 +137,14 @@ def test_any_bytes_decode_to_the_values_of_numpy(backend: str, codec: QSGD, leng
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("codec", [QSGD(bits=bits) for bits in range(2, 9)] + [QSGD(norm="l2", rounding="nearest")], ids=str)
+@pytest.mark.parametrize(
+    "codec", [QSGD(bits=bits) for bits in range(2, 9)] + [QSGD(norm="l2", rounding="nearest")], ids=str
+)
 def test_lanes_are_those_of_numpy(backend: str, codec: QSGD) -> None:
     for number, x in enumerate(HARD.values()):
-        check_lanes(codec, kernels_for(codec, backend), x, (1, 2, 3, 64, 1024)[number % 5], KEYS[number % 3], wrapper(backend))
+        check_lanes(
+            codec, kernels_for(codec, backend), x, (1, 2, 3, 64, 1024)[number % 5], KEYS[number % 3], wrapper(backend)
+        )
 
 
 @EACH_BACKEND
@@ -126,7 +167,7 @@ class FlippedBit:
 
         def wrong(*arguments: Any) -> Any:
             result = original(*arguments)
-            out = arguments[{"to_lanes": 3, "from_lanes": 3}.get(name, 1)]
+            out = arguments[{"average_into": 2, "to_lanes": 3, "from_lanes": 3}.get(name, 1)]
             if not self.mode or self.mode == arguments[-1]:
                 out[...] = flip_bit(out, self.bit)
             return result
@@ -144,6 +185,7 @@ class FlippedBit:
         ("decode_into", 1, "set"),
         ("decode_into", 2, "add"),
         ("decode_into", 8 * 4 * 500, "subtract"),
+        ("average_into", 8 * 4 * 500, ""),
     ],
 )
 def test_kernel_check_fails_on_one_flipped_bit(codec: Codec, function: str, bit: int, mode: str) -> None:
@@ -161,6 +203,16 @@ def test_lane_check_fails_on_one_flipped_bit(function: str) -> None:
     check_lanes(QSGD(), QSGD(), x, 4)
     with pytest.raises(AssertionError):
         check_lanes(QSGD(), FlippedBit(QSGD(), function, 3), x, 4)
+
+
+def test_kernel_check_fails_if_what_is_not_finite_is_overlooked() -> None:
+    class Careless(Identity):
+        def all_finite(self, x: Any) -> bool:
+            return True
+
+    check_kernels(Identity(), Careless(), gauss(9))
+    with pytest.raises(AssertionError):
+        check_kernels(Identity(), Careless(), np.array([1, np.inf], np.float32))
 
 
 def test_kernel_check_fails_if_the_input_is_changed() -> None:
@@ -266,6 +318,7 @@ def test_numba_qsgd_allocates_next_to_nothing() -> None:
     def work() -> None:
         kernels.encode_into(x, out, 1)
         kernels.decode_into(out, x, "add")
+        kernels.average_into(out, [(0, len(out))] * 2, x)
         kernels.agree_into(x, agreed)
         kernels.to_lanes(x, agreed, 8, lanes)
         kernels.from_lanes(lanes, agreed, 8, x, 8)

@@ -229,6 +229,15 @@ def test_values_on_levels_are_kept_whatever_the_key(bits: int) -> None:
         np.testing.assert_allclose(codec.decode(codec.encode(x, key), x.shape), x, rtol=2e-7)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_no_mantissa_takes_the_largest_value_past_the_largest_level(bits: int) -> None:
+    """Why levels need no clipping: s / scale and its product with the scale round to exactly s."""
+    largest = np.float32(QSGD(bits=bits).levels << 16)
+    for start in range(0, 2**23, 2**20):
+        scales = (np.uint32(0x3F800000 + start) + np.arange(2**20, dtype=np.uint32)).view(np.float32)
+        assert (largest / scales * scales == largest).all()
+
+
 @given(bits=st.integers(2, 8), seed=st.integers(0, 99), length=st.integers(1, 100))
 def test_nearest_rounding_of_a_decoded_gradient_changes_nothing(bits: int, seed: int, length: int) -> None:
     codec = QSGD(bits=bits, bucket_size=16, rounding="nearest")
@@ -254,7 +263,10 @@ def check_unbiased(codec: QSGD, x: np.ndarray, copies: int = 256, draws: int = 4
     tiled = np.tile(x, copies)
     level = bucket_scales(codec, x)[0] / codec.levels
     errors = np.concatenate(
-        [(codec.decode(codec.encode(tiled, key), tiled.shape) - tiled).reshape(copies, -1) / level for key in keys(draws)]
+        [
+            (codec.decode(codec.encode(tiled, key), tiled.shape) - tiled).reshape(copies, -1) / level
+            for key in keys(draws)
+        ]
     ).astype(np.float64)
     count = len(errors)
     fractions = np.abs(x.astype(np.float64)) / level % 1
@@ -415,7 +427,9 @@ def test_a_zero_bucket_has_scale_zero_and_decodes_to_zeros(norm: str) -> None:
         check_same_bits(codec.decode(payload, x.shape), np.zeros_like(x))
 
 
-@given(codec=qsgd_codecs(bucket_size=16), position=st.integers(0, 52), value=st.floats(width=32), seed=st.integers(0, 9))
+@given(
+    codec=qsgd_codecs(bucket_size=16), position=st.integers(0, 52), value=st.floats(width=32), seed=st.integers(0, 9)
+)
 def test_a_value_touches_its_own_bucket_only(codec: QSGD, position: int, value: float, seed: int) -> None:
     """53 elements: three buckets and a tail. NaN and infinities are among the values."""
     x = gauss(53, seed)
@@ -461,7 +475,9 @@ def test_any_shape_comes_back(shape: tuple[int, ...]) -> None:
     check_same_bits(decoded.reshape(-1), codec.decode(codec.encode(x.reshape(-1)), x.size))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.longdouble, np.int8, np.uint16, np.int64])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.longdouble, np.int8, np.uint16, np.int64]
+)
 def test_any_real_dtype_is_encoded_like_its_float32_values(dtype: Any) -> None:
     x = (gauss(600, 2) * 10).astype(np.int8 if np.issubdtype(dtype, np.unsignedinteger) else np.float32)
     x = np.abs(x).astype(dtype)
@@ -490,7 +506,9 @@ def test_what_is_not_a_real_number_is_refused(x: Any) -> None:
         QSGD().encode(x)
 
 
-@pytest.mark.xfail(strict=True, reason="bool and structured arrays are encoded, although the documentation refuses them")
+@pytest.mark.xfail(
+    strict=True, reason="bool and structured arrays are encoded, although the documentation refuses them"
+)
 @pytest.mark.parametrize("x", [np.ones(3, bool), np.ones(3, [("field", "f4")])])
 def test_what_is_not_a_number_is_refused(x: np.ndarray) -> None:
     with pytest.raises(ConfigError):

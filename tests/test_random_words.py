@@ -119,7 +119,9 @@ def test_pairs_of_neighbours_are_uniform() -> None:
     drawn = words(KEYS[0], 0, COUNT)
     for shift in (0, 8, 16, 24):
         byte = (drawn >> shift) & 0x1F
-        check_chi_square(np.bincount(byte[:-1] * 32 + byte[1:], minlength=1024), (COUNT - 1) / 1024, f"pairs at {shift}")
+        check_chi_square(
+            np.bincount(byte[:-1] * 32 + byte[1:], minlength=1024), (COUNT - 1) / 1024, f"pairs at {shift}"
+        )
 
 
 def check_uncorrelated(a: np.ndarray, b: np.ndarray) -> None:

@@ -73,7 +73,12 @@ CASES = [
     Case("cast_bfloat16", Cast("bfloat16"), with_values(gauss(20, 14), _0=np.nan, _1=3.4e38, _2=1e-45, _3=-0.0)),
     Case("identity", Identity(), with_values(gauss(9, 15), _1=np.inf, _2=-0.0)),
     Case("lanes_4bit_4_ranks", QSGD(bucket_size=64), with_values(gauss(70, 16), _69=0.0), ranks=4),
-    Case("lanes_8bit_1000_ranks_not_finite", QSGD(bits=8, bucket_size=8), with_values(gauss(21, 17), _9=np.nan), ranks=1000),
+    Case(
+        "lanes_8bit_1000_ranks_not_finite",
+        QSGD(bits=8, bucket_size=8),
+        with_values(gauss(21, 17), _9=np.nan),
+        ranks=1000,
+    ),
 ]
 
 

@@ -92,17 +92,17 @@ def aligned(size: int) -> int:
 
 
 def wire_allgather(codec: QSGD, length: int) -> float:
-    """A fingerprint, the size and the payload go to all others."""
+    """A ring passes on n-1 messages: each a fingerprint, the size and the payload."""
     return (RANKS - 1) * (8 + aligned(codec.payload_size(length)))
 
 
 def wire_scatter_gather(codec: QSGD, length: int) -> float:
-    """Everybody else's shard goes out, and the own one to everybody else; each with a fingerprint."""
+    """The other ranks' shards go out, and come back as means by a ring; each with a fingerprint."""
     buckets = -(-length // codec.bucket_size)
     cuts = [min(buckets * r // RANKS * codec.bucket_size, length) for r in range(RANKS)] + [length]
     shards = [4 + aligned(codec.payload_size(b - a)) for a, b in zip(cuts, cuts[1:], strict=False)]
     own = shards[hvd.rank()]
-    return sum(shards) - own + (RANKS - 1) * own
+    return 2 * (sum(shards) - own)
 
 
 def wire_allreduce(codec: QSGD, length: int) -> float:

@@ -50,22 +50,20 @@ def high_half(typingctx, word):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def offset_level(typingctx, scaled, fraction, offset, top):  # type: ignore[no-untyped-def]
-    """``clip(rint(scaled) + fraction + offset, 0, top) >> 16``: a level plus s, as int32.
+def offset_level(typingctx, scaled, fraction, offset):  # type: ignore[no-untyped-def]
+    """``(rint(scaled) + fraction + offset) >> 16``: a level plus s, as int32.
 
     ``scaled`` is float32 within 2^24 of zero; the others are int32.
     """
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        scaled, fraction, offset, top = arguments
+        scaled, fraction, offset = arguments
         rint = builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()])
         fixed = builder.fptosi(builder.call(rint, [scaled]), I32)
         value = builder.add(builder.add(fixed, fraction), offset)
-        value = builder.select(builder.icmp_signed("<", value, constant(0)), constant(0), value)
-        value = builder.select(builder.icmp_signed(">", value, top), top, value)
         return builder.lshr(value, constant(16))
 
-    return types.int32(types.float32, types.int32, types.int32, types.int32), codegen
+    return types.int32(types.float32, types.int32, types.int32), codegen
 
 
 @intrinsic

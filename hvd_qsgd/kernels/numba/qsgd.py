@@ -60,7 +60,7 @@ def bucket_scale(bits, values, use_l2):  # type: ignore[no-untyped-def]
 
 
 @jit
-def round_halves(first, second, low, high, factor, offset, top, key_low, key_high, word):  # type: ignore[no-untyped-def]
+def round_halves(first, second, low, high, factor, offset, key_low, key_high, word):  # type: ignore[no-untyped-def]
     """Codes of a bucket's two halves; ``first`` may be one longer. One word serves both.
 
     Slices instead of offsets: only then does the compiler see that no index wraps around,
@@ -68,41 +68,41 @@ def round_halves(first, second, low, high, factor, offset, top, key_low, key_hig
     """
     for j in range(len(second)):
         drawn = random_word(np.uint32(word + j), key_low, key_high)
-        low[j] = offset_level(first[j] * factor, low_half(drawn), offset, top)
-        high[j] = offset_level(second[j] * factor, high_half(drawn), offset, top)
+        low[j] = offset_level(first[j] * factor, low_half(drawn), offset)
+        high[j] = offset_level(second[j] * factor, high_half(drawn), offset)
     if len(first) > len(second):
         last = len(first) - 1
         drawn = random_word(np.uint32(word + last), key_low, key_high)
-        low[last] = offset_level(first[last] * factor, low_half(drawn), offset, top)
+        low[last] = offset_level(first[last] * factor, low_half(drawn), offset)
 
 
 @jit
-def round_nearest(values, codes, factor, offset, top):  # type: ignore[no-untyped-def]
+def round_nearest(values, codes, factor, offset):  # type: ignore[no-untyped-def]
     for j in range(len(values)):
-        codes[j] = offset_level(values[j] * factor, np.int32(1 << (FRACTION_BITS - 1)), offset, top)
+        codes[j] = offset_level(values[j] * factor, np.int32(1 << (FRACTION_BITS - 1)), offset)
 
 
 @jit
-def round_nibbles(first, second, packed, factor, offset, top, key_low, key_high, word):  # type: ignore[no-untyped-def]
+def round_nibbles(first, second, packed, factor, offset, key_low, key_high, word):  # type: ignore[no-untyped-def]
     """:func:`round_halves` and the packing of 4-bit codes in one pass."""
     for j in range(len(second)):
         drawn = random_word(np.uint32(word + j), key_low, key_high)
-        low = offset_level(first[j] * factor, low_half(drawn), offset, top)
-        high = offset_level(second[j] * factor, high_half(drawn), offset, top)
+        low = offset_level(first[j] * factor, low_half(drawn), offset)
+        high = offset_level(second[j] * factor, high_half(drawn), offset)
         packed[j] = np.uint8(np.int32(low | np.int32(high << np.int32(4))))
 
 
 @jit
-def round_crumbs(a, b, c, d, packed, factor, offset, top, key_low, key_high, word):  # type: ignore[no-untyped-def]
+def round_crumbs(a, b, c, d, packed, factor, offset, key_low, key_high, word):  # type: ignore[no-untyped-def]
     """:func:`round_halves` and the packing of 2-bit codes in one pass over the four quarters."""
     quarter = len(packed)
     for j in range(quarter):
         even = random_word(np.uint32(word + j), key_low, key_high)
         odd = random_word(np.uint32(word + quarter + j), key_low, key_high)
-        code = offset_level(a[j] * factor, low_half(even), offset, top)
-        code = np.int32(code | np.int32(offset_level(b[j] * factor, low_half(odd), offset, top) << np.int32(2)))
-        code = np.int32(code | np.int32(offset_level(c[j] * factor, high_half(even), offset, top) << np.int32(4)))
-        code = np.int32(code | np.int32(offset_level(d[j] * factor, high_half(odd), offset, top) << np.int32(6)))
+        code = offset_level(a[j] * factor, low_half(even), offset)
+        code = np.int32(code | np.int32(offset_level(b[j] * factor, low_half(odd), offset) << np.int32(2)))
+        code = np.int32(code | np.int32(offset_level(c[j] * factor, high_half(even), offset) << np.int32(4)))
+        code = np.int32(code | np.int32(offset_level(d[j] * factor, high_half(odd), offset) << np.int32(6)))
         packed[j] = np.uint8(code)
 
 
@@ -129,13 +129,12 @@ def bucket_codes(values, scale, codes, levels, stochastic, key_low, key_high, wo
         scale = np.float32(scale * LIFT)
     factor = factor_of(scale, levels)
     offset = np.int32(levels << FRACTION_BITS)
-    top = np.int32(((2 * levels + 1) << FRACTION_BITS) - 1)
     half = (length + 1) // 2
     if stochastic:
         low, high = codes[:half], codes[half:length]
-        round_halves(values[:half], values[half:], low, high, factor, offset, top, key_low, key_high, word)
+        round_halves(values[:half], values[half:], low, high, factor, offset, key_low, key_high, word)
     else:
-        round_nearest(values, codes[:length], factor, offset, top)
+        round_nearest(values, codes[:length], factor, offset)
 
 
 @jit
@@ -198,7 +197,6 @@ def encode(x, out, scales, bits, bucket_size, use_l2, stochastic, key_low, key_h
     codes = np.empty(bucket_size, np.uint8)
     levels = np.int32((1 << (bits - 1)) - 1)
     offset = np.int32(levels << FRACTION_BITS)
-    top = np.int32(((2 * levels + 1) << FRACTION_BITS) - 1)
     half = bucket_size // 2
     at = 0
     for bucket in range(len(scales)):
@@ -212,14 +210,14 @@ def encode(x, out, scales, bits, bucket_size, use_l2, stochastic, key_low, key_h
         if common and bits == 4:
             packed = out[at : at + half]
             factor = factor_of(scale, levels)
-            round_nibbles(values[:half], values[half:], packed, factor, offset, top, key_low, key_high, first_word)
+            round_nibbles(values[:half], values[half:], packed, factor, offset, key_low, key_high, first_word)
             at += half
         elif common and bits == 2:
             t = half // 2
             packed = out[at : at + t]
             factor = factor_of(scale, levels)
             a, b, c, d = values[:t], values[t:half], values[half : half + t], values[half + t :]
-            round_crumbs(a, b, c, d, packed, factor, offset, top, key_low, key_high, first_word)
+            round_crumbs(a, b, c, d, packed, factor, offset, key_low, key_high, first_word)
             at += t
         elif bits == 8:
             packed = out[at : at + len(values)]

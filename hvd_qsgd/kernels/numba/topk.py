@@ -1,8 +1,8 @@
 """TopK on the CPU. The bytes are specified by :mod:`hvd_qsgd.codecs.topk`.
 
-Selection is exact: a histogram over exponent and leading mantissa bits finds the bin of
-the k-th largest value, a second pass gathers what lies in that bin or above, and only
-those few are ordered.
+Selection is exact: a threshold guessed from a sample lets one pass gather little more than
+the k largest, and only those few are ordered. Where the guess proves wrong, a histogram
+over exponent and leading mantissa bits gives a threshold that is right.
 """
 
 from __future__ import annotations
@@ -26,34 +26,73 @@ from hvd_qsgd.codecs.topk import (
     smallest_form,
 )
 from hvd_qsgd.errors import PayloadError
-from hvd_qsgd.kernels.numba.reduce import all_finite
+from hvd_qsgd.kernels.numba.reduce import all_finite, largest_magnitude
 
 #: Magnitudes have 31 bits; the bins take the upper 11 of them.
 BIN_SHIFT = 20
 BINS = 1 << (31 - BIN_SHIFT)
+BLOCK = 64
+#: About how many elements the first guess of the threshold is made from.
+SAMPLE = 1 << 14
 jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @jit
-def histogram(patterns, counts):  # type: ignore[no-untyped-def]
-    """Count magnitudes by bin; returns the number of zeros."""
-    zeros = 0
+def gather_block(patterns, start, lowest, positions, found):  # type: ignore[no-untyped-def]
     for i in range(len(patterns)):
-        magnitude = patterns[i] & np.int32(0x7FFFFFFF)
-        counts[magnitude >> BIN_SHIFT] += 1
-        zeros += magnitude == 0
-    return zeros
+        if patterns[i] & np.int32(0x7FFFFFFF) >= lowest:
+            if found < len(positions):
+                positions[found] = start + i
+            found += 1
+    return found
 
 
 @jit
 def gather(patterns, lowest, positions):  # type: ignore[no-untyped-def]
-    """Positions of the magnitudes of at least ``lowest``, ascending; returns their number."""
+    """Positions of the magnitudes of at least ``lowest``, ascending, as far as they fit.
+
+    Returns how many there are. Blocks without any, which are most of them, cost no more than
+    their maximum.
+    """
     found = 0
-    for i in range(len(patterns)):
-        if patterns[i] & np.int32(0x7FFFFFFF) >= lowest:
-            positions[found] = i
-            found += 1
+    for start in range(0, len(patterns), BLOCK):
+        block = patterns[start : start + BLOCK]
+        if largest_magnitude(block) >= lowest:
+            found = gather_block(block, start, lowest, positions, found)
     return found
+
+
+@jit
+def histogram(patterns, counts):  # type: ignore[no-untyped-def]
+    """Count magnitudes by bin."""
+    for i in range(len(patterns)):
+        counts[(patterns[i] & np.int32(0x7FFFFFFF)) >> BIN_SHIFT] += 1
+
+
+def guessed_threshold(patterns: np.ndarray, wanted: int) -> int:
+    """A magnitude that a little more than ``wanted`` elements probably reach, from a sample."""
+    sample = patterns[:: max(len(patterns) // SAMPLE, 1)] & np.int32(0x7FFFFFFF)
+    expected = wanted * len(sample) / max(len(patterns), 1)
+    # Four standard deviations more than expected, so that the guess is seldom too high.
+    rank = min(int(expected + 4 * expected**0.5 + 4), len(sample) - 1)
+    return int(np.partition(sample, len(sample) - 1 - rank)[len(sample) - 1 - rank])
+
+
+def candidates(patterns: np.ndarray, wanted: int) -> np.ndarray:
+    """Ascending positions of non-zero elements, the ``wanted`` largest and all NaN and infinities among them."""
+    if not wanted:
+        return np.empty(0, np.int64)
+    positions = np.empty(min(2 * wanted + SAMPLE, len(patterns)), np.int64)
+    found = gather(patterns, np.int32(max(guessed_threshold(patterns, wanted), 1)), positions)
+    if wanted <= found <= len(positions):
+        return positions[:found]
+    counts = np.zeros(BINS, np.int64)
+    histogram(patterns, counts)
+    at_least = np.cumsum(counts[::-1])[::-1]
+    lowest_bin = int(np.flatnonzero(at_least >= wanted)[-1])
+    # Zeros share the lowest bin with the smallest numbers, but are never gathered.
+    positions = np.empty(at_least[lowest_bin], np.int64)
+    return positions[: gather(patterns, np.int32(max(lowest_bin << BIN_SHIFT, 1)), positions)]
 
 
 @jit
@@ -162,13 +201,17 @@ class TopKKernels(Kernels):
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         patterns = x.view(np.int32)
-        counts = np.zeros(BINS, np.int64)
-        zeros = histogram(patterns, counts)
-        if counts[INFINITY_BITS >> BIN_SHIFT :].any():
+        wanted = self.codec.kept(x.size)
+        positions = candidates(patterns, wanted)
+        magnitudes = patterns[positions] & np.int32(0x7FFFFFFF)
+        if len(magnitudes) and magnitudes.max() >= INFINITY_BITS:
             out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
             return HEADER.size
-        positions = self._largest(patterns, counts, min(self.codec.kept(x.size), x.size - zeros))
-        count = len(positions)
+        count = min(wanted, len(positions))
+        if count:
+            threshold = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
+            keep_largest(magnitudes, threshold, count - int((magnitudes > threshold).sum()), positions)
+            positions = positions[:count]
         form, low_bits = smallest_form(x.size, count)
         out[: HEADER.size] = np.frombuffer(HEADER.pack(form, low_bits, count), np.uint8)
         values = x[positions]
@@ -179,21 +222,6 @@ class TopKKernels(Kernels):
         end = at + form_size(x.size, count, form, low_bits)
         pack_positions(positions, out[at:end], form, low_bits)
         return end
-
-    @staticmethod
-    def _largest(patterns: np.ndarray, counts: np.ndarray, count: int) -> np.ndarray:
-        """Positions of the ``count`` largest, ascending; of equal ones those that stand first."""
-        if count == 0:
-            return np.empty(0, np.int64)
-        at_least = np.cumsum(counts[::-1])[::-1]
-        lowest_bin = int(np.flatnonzero(at_least >= count)[-1])
-        positions = np.empty(at_least[lowest_bin], np.int64)
-        # Zeros share the lowest bin with the smallest numbers, but are never gathered.
-        positions = positions[: gather(patterns, np.int32(max(lowest_bin << BIN_SHIFT, 1)), positions)]
-        magnitudes = patterns[positions] & np.int32(0x7FFFFFFF)
-        threshold = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
-        keep_largest(magnitudes, threshold, count - int((magnitudes > threshold).sum()), positions)
-        return positions[:count]
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         codec = self.codec

@@ -132,7 +132,7 @@ class QSGDKernels(Kernels):
         usable = torch.where(unusable[:, None], 0.0, rows)
         fixed = torch.round((usable * lift[:, None]) * factor[:, None]).to(torch.int32)
         value = fixed + self._fractions(rows, key, bucket) + (s << FRACTION_BITS)
-        return (value.clamp(0, ((2 * s + 1) << FRACTION_BITS) - 1) >> FRACTION_BITS) - s
+        return (value >> FRACTION_BITS) - s
 
     def _fractions(self, rows: torch.Tensor, key: int, bucket: int) -> torch.Tensor:
         count, length = rows.shape
