@@ -23,7 +23,7 @@ from typing import Any
 RUNS = {"none": "Horovod, uncompressed", "qsgd": "QSGD, 4 bits", "topk": "Top-k, 1 %, error feedback"}
 COLORS = {"none": "#444444", "qsgd": "#0072b2", "topk": "#d55e00"}
 SEED = 0
-SMOOTHING_STEPS = 20
+SMOOTHING_STEPS = 40  # one epoch of two ranks
 #: Comes before the messages of the first rank, after whatever tag the launcher puts before each line.
 MARK = "demo-progress:"
 REQUIRED = ("hvd_qsgd", "torch", "horovod", "mlxtend", "matplotlib", "rich")
@@ -181,10 +181,10 @@ def progress_bars(epochs: int) -> Iterator[OnEpoch]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    text = "loss {:.3f}, accuracy {:.1%}, sent {:.1f} MB"
+    text = "accuracy {:.1%}, {:.1f} MB sent"
     columns = (
         TextColumn("{task.description:26}"),
-        BarColumn(10),
+        BarColumn(14),
         MofNCompleteColumn(),
         TextColumn("{task.fields[now]}"),
     )
@@ -193,7 +193,7 @@ def progress_bars(epochs: int) -> Iterator[OnEpoch]:
         tasks = {name: progress.add_task(label, total=epochs, now="") for name, label in RUNS.items()}
 
         def on_epoch(name: str, epoch: int, loss: float, accuracy: float, sent: float) -> None:
-            now = text.format(loss, accuracy, sent / 1e6)
+            now = text.format(accuracy, sent / 1e6)
             progress.update(tasks[name], completed=epoch, now=now)
             if not console.is_terminal:
                 print(f"{RUNS[name]:26} epoch {epoch} of {epochs}: {now}", flush=True)
@@ -219,6 +219,7 @@ def print_table(results: dict[str, Any]) -> None:
             f"{uncompressed / sent:.1f}",
             f"{result['seconds']:.1f}",
         )
+    print()
     Console().print(table)
     print("Accuracy: on 1,000 images, so that less than 1 % of difference means nothing.")
     print("Bytes: of gradients, as counted at the exchange, with collectives run as rings.")
@@ -246,9 +247,11 @@ def save_plot(results: dict[str, Any], file: Path) -> None:
         by_bytes.plot(megabytes[-1], means[-1], "o", color=COLORS[name], clip_on=False)
     by_step.set(xlabel="steps", ylabel=f"training loss, mean of {SMOOTHING_STEPS} steps", yscale="log")
     by_bytes.set(xlabel="megabytes sent by each worker", xscale="log")
+    by_bytes.xaxis.set_major_formatter("{x:g}")
     by_step.legend(frameon=False)
     for axes in (by_step, by_bytes):
         axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, format="png", dpi=150)
 

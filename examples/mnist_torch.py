@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
 
 BATCH_SIZE = 50  # of one worker
-LEARNING_RATE = 0.05  # of one worker
+LEARNING_RATE = 0.04  # of one worker
 MOMENTUM = 0.5
 
 

@@ -42,6 +42,8 @@ def environment() -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        # With more ranks than cores, ranks that wait must not keep the others from working.
+        "OMPI_MCA_mpi_yield_when_idle": "1",
         "OPAL_PREFIX": sys.prefix,
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",

