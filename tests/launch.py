@@ -93,8 +93,21 @@ def launch(command: Sequence[str], ranks: int, launcher: str = "mpi", timeout: f
 def launch_pytest(arguments: Sequence[str], ranks: int, launcher: str = "mpi", timeout: float = 240) -> Outcome:
     """Run pytest on every rank, with files of ``tests/horovod_torch`` and options."""
     inner = Path("tests", "horovod_torch")
-    options = ["-q", "-p", "no:cacheprovider", "--color=no", f"--confcutdir={inner}", "--timeout=60", "--timeout-method=thread"]
-    return launch(["-m", "pytest", *options, *(str(inner / name) if name.endswith(".py") else name for name in arguments)], ranks, launcher, timeout)
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--color=no",
+        f"--confcutdir={inner}",
+        "--timeout=60",
+        "--timeout-method=thread",
+    ]
+    return launch(
+        ["-m", "pytest", *options, *(str(inner / name) if name.endswith(".py") else name for name in arguments)],
+        ranks,
+        launcher,
+        timeout,
+    )
 
 
 def kill_tree(pid: int) -> None:

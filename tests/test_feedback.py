@@ -74,10 +74,13 @@ def test_other_codecs_are_accepted_and_bounded(codec: Codec) -> None:
     assert max(sizes[50:]) <= 1.1 * max(sizes[40:50])
 
 
-@given(codec=qsgd_codecs())
-def test_exactly_the_codecs_without_a_contraction_are_refused(codec: QSGD) -> None:
-    d, s = codec.bucket_size, codec.levels
-    assert accepted(codec) == (codec.norm == "max" or codec.rounding == "nearest" or min(d / s**2, d**0.5 / s) < 1)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_exactly_the_codecs_without_a_contraction_are_refused(bits: int) -> None:
+    s = 2 ** (bits - 1) - 1
+    for d in (*range(8, 2000, 8), 4096, 16128, 16136, 65536):
+        assert accepted(QSGD(bits=bits, bucket_size=d, norm="l2")) == (min(d / s**2, d**0.5 / s) < 1)
+        assert accepted(QSGD(bits=bits, bucket_size=d, norm="l2", rounding="nearest"))
+        assert accepted(QSGD(bits=bits, bucket_size=d))
 
 
 def test_the_refusal_names_the_numbers_and_two_remedies() -> None:

@@ -45,6 +45,15 @@ def test_hard_values_are_rounded_to_nearest_even(codec: Codec, dtype: Any, name:
     check_rounding(codec, dtype, HARD[name])
 
 
+@EACH
+def test_halves_between_two_numbers_are_rounded_to_even(codec: Codec, dtype: Any) -> None:
+    numbers = np.arange(2**15, dtype=np.uint16).view(np.float16 if dtype is np.float32 else dtype).astype(np.float32)
+    numbers = numbers[np.isfinite(numbers)]
+    middles = ((numbers[:-1].astype(np.float64) + numbers[1:]) / 2).astype(np.float32)
+    for x in (middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(np.inf))):
+        check_rounding(codec, dtype, np.concatenate([x, -x]))
+
+
 def test_rounding_check_fails_on_truncation() -> None:
     class Truncated(Cast):
         def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:

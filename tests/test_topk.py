@@ -83,7 +83,6 @@ def test_a_wrong_setting_is_named_with_the_remedy(setting: dict[str, Any], messa
         TopK(**setting)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="NumPy integers are accepted, but do not survive JSON")
 def test_numpy_integers_make_a_configuration_that_survives_json() -> None:
     check_config(TopK(k=np.int64(4)))
 

@@ -126,7 +126,7 @@ class Codec(Kernels):
         """
         with np.errstate(over="ignore"):
             array = np.asarray(x)
-            if array.dtype.kind in "cOSUMm":
+            if array.dtype.kind in "bcOSUMm" or array.dtype.names:
                 raise ConfigError(
                     f"Cannot encode an array of dtype {array.dtype}: only real numbers can be compressed."
                 )
@@ -143,6 +143,14 @@ class Codec(Kernels):
         out = np.empty(shape, np.float32)
         self.decode_into(np.asarray(payload, np.uint8), out.reshape(-1))
         return out
+
+    def check_room(self, out: Any, size: int) -> None:
+        """Raise PayloadError unless a payload of ``size`` bytes fits into ``out``."""
+        if len(out) < size:
+            raise PayloadError(
+                f"A {self.name} payload of {size} bytes does not fit into a buffer of {len(out)}. "
+                f"Give one of payload_size(length) bytes."
+            )
 
     def check_payload(self, payload: Any, length: int) -> None:
         """Raise PayloadError unless a fixed-size payload has the size that ``length`` elements take."""
@@ -163,7 +171,18 @@ def combine(out: np.ndarray, values: np.ndarray, mode: str) -> None:
     elif mode == "subtract":
         out -= values
     else:
-        raise ConfigError(f"mode={mode!r} is not one of {MODES}.")
+        raise unknown_mode(mode)
+
+
+def mode_number(mode: str) -> int:
+    """Where a mode stands in :data:`MODES`, for compiled kernels."""
+    if mode not in MODES:
+        raise unknown_mode(mode)
+    return MODES.index(mode)
+
+
+def unknown_mode(mode: str) -> ConfigError:
+    return ConfigError(f"mode={mode!r} is not one of {', '.join(map(repr, MODES))}.")
 
 
 def check_choice(codec: str, field: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -171,6 +190,8 @@ def check_choice(codec: str, field: str, value: Any, choices: tuple[Any, ...]) -
         raise ConfigError(f"{codec}: {field}={value!r} is not one of {', '.join(map(repr, choices))}.")
 
 
-def check_integer(codec: str, field: str, value: Any, low: int, high: int) -> None:
+def check_integer(codec: str, field: str, value: Any, low: int, high: int) -> int:
+    """The value as a plain int, which survives JSON."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ConfigError(f"{codec}: {field}={value!r} must be a whole number from {low} to {high}.")
+    return int(value)

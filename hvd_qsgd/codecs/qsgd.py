@@ -57,8 +57,8 @@ class QSGD(Codec):
     exchanges: ClassVar[tuple[str, ...]] = ("allgather", "scatter_gather", "allreduce")
 
     def __post_init__(self) -> None:
-        check_integer("QSGD", "bits", self.bits, 2, 8)
-        check_integer("QSGD", "bucket_size", self.bucket_size, 8, 65536)
+        object.__setattr__(self, "bits", check_integer("QSGD", "bits", self.bits, 2, 8))
+        object.__setattr__(self, "bucket_size", check_integer("QSGD", "bucket_size", self.bucket_size, 8, 65536))
         if self.bucket_size % 8:
             below = self.bucket_size // 8 * 8
             raise ConfigError(

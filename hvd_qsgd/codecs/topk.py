@@ -53,7 +53,7 @@ class TopK(Codec):
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            check_integer("TopK", "k", self.k, 1, 2**32 - 1)
+            object.__setattr__(self, "k", check_integer("TopK", "k", self.k, 1, 2**32 - 1))
             # A given k replaces the default ratio; equal settings must compare equal.
             object.__setattr__(self, "ratio", None)
         elif isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:

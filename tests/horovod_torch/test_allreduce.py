@@ -8,7 +8,6 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-
 from rank_checks import (
     REFERENCES,
     SHAPE,
@@ -21,6 +20,7 @@ from rank_checks import (
     normal,
     reference_allgather,
 )
+
 from hvd_qsgd import QSGD, Cast, Identity, TopK
 from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
 

@@ -8,9 +8,6 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-
-from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
 from rank_checks import (
     LR,
     Parameters,
@@ -25,6 +22,9 @@ from rank_checks import (
     make_parameters,
     train,
 )
+
+from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
 
 SHAPES = {"first": (40, 50), "bias": (50,), "second": (30, 41)}
 COMPRESSED = ["first", "second"]

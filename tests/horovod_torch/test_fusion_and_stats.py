@@ -7,11 +7,6 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-
-from hvd_qsgd import QSGD, TopK
-from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.exchanges import EXCHANGES
-from hvd_qsgd.torch import CastCompressor, QSGDCompressor, TopKCompressor
 from rank_checks import (
     SHAPE,
     assert_equal,
@@ -24,6 +19,11 @@ from rank_checks import (
     reference_allgather,
     train,
 )
+
+from hvd_qsgd import QSGD, TopK
+from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
+from hvd_qsgd.exchanges import EXCHANGES
+from hvd_qsgd.torch import CastCompressor, QSGDCompressor, TopKCompressor
 
 RANKS = hvd.size()
 

@@ -9,9 +9,6 @@ import horovod.torch as hvd
 import pytest
 import torch
 import torch.nn.functional as F
-
-from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK
-from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
 from rank_checks import (
     LR,
     Parameters,
@@ -29,6 +26,9 @@ from rank_checks import (
     reference_allreduce,
     train,
 )
+
+from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
 
 #: Biases and what is small are not compressed.
 SHAPES = {"conv.weight": (8, 4, 7, 9), "conv.bias": (8,), "head.weight": (50, 61), "head.bias": (50,), "tiny": (9, 9)}

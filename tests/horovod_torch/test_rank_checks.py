@@ -5,7 +5,6 @@ from __future__ import annotations
 import horovod.torch as hvd
 import pytest
 import torch
-
 from rank_checks import (
     SHAPE,
     assert_equal,
@@ -15,6 +14,7 @@ from rank_checks import (
     make_parameters,
     normal,
 )
+
 from hvd_qsgd import QSGD
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
+from rank_checks import SHAPE, assert_equal, backward, dyadic, make_gradients, make_optimizer, make_parameters
 
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import EXCHANGES
 from hvd_qsgd.torch import CastCompressor, Compressor, QSGDCompressor, TopKCompressor
-from rank_checks import SHAPE, assert_equal, backward, dyadic, make_gradients, make_optimizer, make_parameters
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from hvd_qsgd.codecs.base import MODES, Kernels
+from hvd_qsgd.codecs.base import Kernels, mode_number
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NAN_BITS, NORM_LANES, QSGD, TINY
 from hvd_qsgd.kernels.numba.intrinsics import (
     dequantize,
@@ -345,6 +345,8 @@ class QSGDKernels(Kernels):
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         codec = self.codec
         size = codec.payload_size(x.size)
+        # Compiled code writes without looking.
+        codec.check_room(out, size)
         cut = 4 * codec.buckets(x.size)
         encode(x, out[cut:size], out[:cut].view("<f4"), codec.bits, codec.bucket_size, *self._draw(key, first))
         return size
@@ -354,7 +356,7 @@ class QSGDKernels(Kernels):
         codec.check_payload(payload, out.size)
         cut = 4 * codec.buckets(out.size)
         scales = payload[:cut].view("<f4")
-        decode(payload[cut:], scales, out, codec.bits, codec.bucket_size, MODES.index(mode))
+        decode(payload[cut:], scales, out, codec.bits, codec.bucket_size, mode_number(mode))
 
     def average_into(self, message: np.ndarray, spans: Sequence[tuple[int, int]], out: np.ndarray) -> None:
         codec = self.codec

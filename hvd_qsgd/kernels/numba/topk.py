@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from hvd_qsgd.codecs.base import MODES, Kernels, combine
+from hvd_qsgd.codecs.base import Kernels, combine, mode_number
 from hvd_qsgd.codecs.topk import (
     BITMAP,
     GAPS,
@@ -220,11 +220,12 @@ class TopKKernels(Kernels):
         at = HEADER.size + values.nbytes
         out[HEADER.size : at] = values.view(np.uint8)
         end = at + form_size(x.size, count, form, low_bits)
+        self.codec.check_room(out, end)
         pack_positions(positions, out[at:end], form, low_bits)
         return end
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        codec = self.codec
+        codec, number = self.codec, mode_number(mode)
         form, low_bits, count = codec.check_header(payload, out.size, len(payload))
         if form == NOT_FINITE:
             combine(out, np.full(out.size, np.nan, np.float32), mode)
@@ -239,7 +240,7 @@ class TopKKernels(Kernels):
             raise PayloadError(f"A topk payload of {out.size} elements holds positions not ascending or too large.")
         if mode == "set":
             out[...] = 0
-        scatter(positions, values, out, MODES.index(mode))
+        scatter(positions, values, out, number)
 
     def all_finite(self, x: np.ndarray) -> bool:
         return all_finite(x)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_qsgd.codecs.base import MODES, Kernels
+from hvd_qsgd.codecs.base import Kernels, unknown_mode
 from hvd_qsgd.codecs.cast import NAN_BITS, Cast
 from hvd_qsgd.codecs.identity import Identity
-from hvd_qsgd.errors import ConfigError
 
 
 def apply(out: torch.Tensor, values: torch.Tensor, mode: str) -> None:
@@ -21,7 +20,7 @@ def apply(out: torch.Tensor, values: torch.Tensor, mode: str) -> None:
     elif mode == "subtract":
         out.sub_(values)
     else:
-        raise ConfigError(f"mode={mode!r} is not one of {MODES}.")
+        raise unknown_mode(mode)
 
 
 def reinterpret(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
