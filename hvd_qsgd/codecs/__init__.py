@@ -24,7 +24,7 @@ def codec_from_config(config: dict[str, Any]) -> Codec:
     """
     fields = dict(config)
     name = fields.pop("codec", None)
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise ConfigError(f"Unknown codec {name!r}; known are {', '.join(sorted(CODECS))}.")
     try:
         return CODECS[name](**fields)

@@ -54,8 +54,8 @@ class Kernels(ABC):
 
     def all_finite(self, x: Any) -> bool:
         """Whether ``x`` holds neither NaN nor an infinity."""
-        # NumPy arrays and torch tensors both compare; x - x is 0 for finite numbers only.
-        return bool((x - x == 0).all())
+        # NumPy arrays and torch tensors both compare; NaN is not below infinity either.
+        return bool((abs(x) < float("inf")).all())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,8 @@ class MPICollectives:
     def start(self, request: Request) -> MPIHandle:
         array = np.ascontiguousarray(request.array)
         if isinstance(request, AllGather):
-            sizes = np.array(self.communicator.allgather(len(array)))
+            sizes = np.empty(self.ranks, np.int64)
+            self.communicator.Allgather(np.array([len(array)], np.int64), sizes)
             gathered = np.empty(int(sizes.sum()), np.uint8)
             pending = self.communicator.Iallgatherv(array, [gathered, sizes, MPI.BYTE])
             return MPIHandle(pending, lambda: gathered, (array,))

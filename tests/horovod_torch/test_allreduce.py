@@ -139,8 +139,9 @@ def test_what_has_no_name() -> None:
     for step, x in enumerate([normal(SHAPE), normal(SHAPE, 1)]):
         result = hvd.allreduce(x, compression=compressor)
         assert_equal(result, reference_allgather(QSGD(), gather(x), "unnamed.71x73.float32", step))
-    for x, result in zip([x, x.t()], hvd.grouped_allreduce([x, x.t()], compression=compressor), strict=True):
-        assert_within_a_level(QSGD(), result, gather(x))
+    pair = [x, x.t()]
+    for tensor, result in zip(pair, hvd.grouped_allreduce(pair, compression=compressor), strict=True):
+        assert_within_a_level(QSGD(), result, gather(tensor))
 
 
 @pytest.mark.parametrize(
