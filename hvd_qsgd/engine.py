@@ -1,13 +1,17 @@
-"""The engine: keeps exchanges going while everybody computes.
+"""The engine: keeps exchanges going, whichever of them is waited for.
 
-Each exchange starts its next collective as soon as its last one has ended, on a thread of
-its own that sleeps while nothing is under way. So phases of different exchanges overlap
-each other and the backward pass, and a rank that is busy elsewhere holds up nobody.
+The first collective of an exchange starts when its gradients are there, during the backward
+pass; the ones after it start while somebody waits. Waiting for one exchange moves all of them,
+because another rank may be waiting for any of those, so their phases overlap each other.
+
+Why no thread moves them earlier: Horovod names a collective without a name after the number
+of collectives that the process has started. If exchanges went on at moments that differ
+between ranks, ``hvd.allreduce(loss)`` between ``backward()`` and ``step()`` would have different
+names on different ranks, and hang.
 """
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
 from typing import Any
@@ -16,7 +20,7 @@ from hvd_qsgd.collectives.base import Collectives, Handle
 from hvd_qsgd.exchanges.base import Steps
 
 #: Seconds between two looks at collectives under way: short against a network round trip,
-#: long enough to leave the core to whoever computes.
+#: long enough to leave the core to Horovod's own thread.
 PAUSE = 100e-6
 
 
@@ -27,23 +31,16 @@ class Task:
         self._steps = steps
         self._collectives = collectives
         self._handle: Handle | None = None
-        self._turn = threading.Lock()
         self.error: BaseException | None = None
         self.finished = False
         self._resume(None)
 
     def advance(self) -> bool:
         """Go on if the last collective has ended; True if something was done."""
-        # Another thread that is at it will see to everything there is to do.
-        if not self._turn.acquire(blocking=False):
+        if self.finished or self._handle is None or not self._handle.done():
             return False
-        try:
-            if self.finished or self._handle is None or not self._handle.done():
-                return False
-            self._resume(self._handle)
-            return True
-        finally:
-            self._turn.release()
+        self._resume(self._handle)
+        return True
 
     def _resume(self, handle: Handle | None) -> None:
         try:
@@ -52,7 +49,7 @@ class Task:
         except StopIteration:
             self.finished = True
         except BaseException as error:
-            # Kept for whoever waits: the thread that looked in may not care about this exchange.
+            # Kept for whoever waits for it: who looked in may be waiting for another exchange.
             self.error = error
             self.finished = True
 
@@ -72,57 +69,30 @@ def run_exchange(steps: Steps, collectives: Collectives) -> None:
 
 
 class Engine:
-    """The exchanges that this process has under way, and the thread that moves them."""
+    """The exchanges that this process has under way."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
         self._tasks: list[Task] = []
-        self._thread: threading.Thread | None = None
-        self._stopped = False
 
     def submit(self, steps: Steps, collectives: Collectives) -> Task:
         """Start an exchange: encodes and starts its first collective before it returns."""
         task = Task(steps, collectives)
-        with self._changed:
+        with self._lock:
             self._tasks.append(task)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="hvd_qsgd", daemon=True)
-                self._thread.start()
-                atexit.register(self.stop)
-            self._changed.notify_all()
         return task
-
-    def advance(self) -> bool:
-        """Move every exchange whose collective has ended; True if any moved."""
-        with self._changed:
-            tasks = list(self._tasks)
-        moved = [task.advance() for task in tasks]
-        with self._changed:
-            self._tasks = [task for task in self._tasks if not task.finished]
-        return any(moved)
 
     def wait(self, task: Task) -> None:
         """Return when ``task`` has ended; raises what ended it, if it failed."""
         while not task.finished:
-            if not self.advance():
+            if not self._advance():
                 time.sleep(PAUSE)
+        with self._lock:
+            self._tasks = [task for task in self._tasks if not task.finished]
         if task.error is not None:
             raise task.error
 
-    def stop(self) -> None:
-        """End the thread and forget what is under way; called when the process exits."""
-        with self._changed:
-            self._stopped = True
-            self._tasks.clear()
-            self._changed.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._tasks or self._stopped)
-                if self._stopped:
-                    return
-            if not self.advance():
-                time.sleep(PAUSE)
+    def _advance(self) -> bool:
+        with self._lock:
+            moved = [task.advance() for task in self._tasks]
+            return any(moved)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from typing_extensions import Concatenate, ParamSpec
 
 from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK
 from hvd_qsgd.codecs.base import check_integer
@@ -26,21 +27,22 @@ from hvd_qsgd.stats import Stats, TensorStats
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
 from hvd_qsgd.torch.flights import Bundle, Flight
 
-T = TypeVar("T", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class class_or_instance(Generic[T]):  # noqa: N801  (a decorator)
+class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
     """A method that, called on the class, runs on the class's default instance.
 
     Horovod's own compressors are classes with static methods; ours can be passed the same
     way, ``compression=QSGDCompressor``, or as an instance with settings.
     """
 
-    def __init__(self, function: T) -> None:
+    def __init__(self, function: Callable[Concatenate[Any, P], R]) -> None:
         self._function = function
         self.__doc__ = function.__doc__
 
-    def __get__(self, instance: Compressor | None, owner: type[Compressor]) -> T:
+    def __get__(self, instance: Compressor | None, owner: type[Compressor]) -> Callable[P, R]:
         return self._function.__get__(instance if instance is not None else owner.default())
 
 
@@ -184,6 +186,11 @@ class Compressor:
             flight = bundle.flight_for(part)
             context.flights.append((part, flight))
             flight.add(part, piece)
+        if not site.named:
+            # Horovod names the carrier after the number of collectives that this process has started so far.
+            # That is the same on all ranks only when none of ours is still to come.
+            for _, flight in context.flights:
+                flight.wait()
         return self._carrier(site, tensor), context
 
     @class_or_instance

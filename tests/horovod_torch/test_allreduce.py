@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,23 @@ def test_what_has_no_name() -> None:
     pair = [x, x.t()]
     for tensor, result in zip(pair, hvd.grouped_allreduce(pair, compression=compressor), strict=True):
         assert_within_a_level(QSGD(), result, gather(tensor))
+
+
+@pytest.mark.parametrize("exchange", REFERENCES)
+def test_what_has_no_name_on_a_rank_that_is_slow(monkeypatch: pytest.MonkeyPatch, exchange: str) -> None:
+    # Horovod names what has no name after the number of collectives so far, of ours as well.
+    carrier = Compressor._carrier
+
+    def late(*arguments: Any) -> torch.Tensor:
+        time.sleep(0.1 * hvd.rank())
+        return carrier(*arguments)
+
+    monkeypatch.setattr(Compressor, "_carrier", staticmethod(late))
+    compressor = QSGDCompressor(exchange=exchange)
+    for x in (normal(SHAPE), normal(SHAPE, 1)):
+        assert_within_a_level(QSGD(), hvd.allreduce(x, compression=compressor), gather(x), roundings=2)
+        for result in hvd.grouped_allreduce([x, x + 1], compression=compressor):
+            assert result.isfinite().all()
 
 
 @pytest.mark.parametrize(
