@@ -92,6 +92,11 @@ class Engine:
         if task.error is not None:
             raise task.error
 
+    def abandon(self) -> None:
+        """Forget what is under way, because other ranks will never answer it."""
+        with self._lock:
+            self._tasks.clear()
+
     def _advance(self) -> bool:
         with self._lock:
             moved = [task.advance() for task in self._tasks]

@@ -9,7 +9,7 @@ from launch import Outcome, compile_kernels, launch_pytest
 
 INNER = Path(__file__).resolve().parent / "horovod_torch"
 #: These leave Horovod unfit for the tests that follow, and have jobs of their own.
-ALONE = ["test_join.py"]
+ALONE = ["test_join.py", "test_refusals.py"]
 FILES = sorted(path.name for path in INNER.glob("test_*.py") if path.name not in ALONE)
 
 pytestmark = pytest.mark.slow

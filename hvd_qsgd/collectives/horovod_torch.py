@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.errors import ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Request
 
 PREFIX = "hvd_qsgd."
@@ -36,6 +36,11 @@ class HorovodHandle:
                 raise UnsupportedError(
                     f"{self.request.name}: a rank has called hvd.join(), and Horovod cannot gather with a joined rank "
                     f'({error}). Use exchange="allreduce", which can.'
+                ) from error
+            if "mismatched" in str(error).lower():
+                raise ExchangeError(
+                    f"{self.request.name}: the ranks started different collectives ({error}). "
+                    f"All ranks must run the same model with the same compressor settings."
                 ) from error
             raise
         numpy = isinstance(self.request.array, np.ndarray)

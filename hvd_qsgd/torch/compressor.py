@@ -9,7 +9,7 @@ Average, the number of ranks under Sum, and includes whatever scaling Horovod ap
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,7 +25,7 @@ from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.stats import Stats, TensorStats
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
-from hvd_qsgd.torch.flights import Bundle, Flight
+from hvd_qsgd.torch.flights import Agreement, Bundle, Flight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,6 +73,8 @@ class OptimizerState:
 
     index: int
     bundles: dict[str, list[tuple[Slice, Bundle]]]
+    #: Compares the settings of all ranks; None once they were found equal.
+    agreement: Agreement | None
     #: Whether gradients came since the last synchronize().
     fresh: bool = False
 
@@ -206,7 +208,11 @@ class Compressor:
             result = tensor if context.tensor is None else scaled(context.tensor, tensor)
             return result if context.dtype is None else result.to(context.dtype)
         if context.site.optimizer is not None:
-            self._optimizers[context.site.optimizer].fresh = False
+            state = self._optimizers[context.site.optimizer]
+            state.fresh = False
+            if state.agreement is not None:
+                state.agreement.check(self)
+                state.agreement = None
         record = self._record(context.key, context.tensor, context.flights[0][1].bundle.collectives.ranks)
         for part, flight in context.flights:
             job = flight.wait()
@@ -269,7 +275,9 @@ class Compressor:
             return None
         state = self._optimizers.get(site.optimizer)
         if state is None:
-            state = OptimizerState(self._optimizers_seen, self._plan(site))
+            plan = self._plan(site)
+            agreement = Agreement(f"settings.{self._optimizers_seen}", self._settings(plan), site.process_set)
+            state = OptimizerState(self._optimizers_seen, plan, agreement)
             self._optimizers_seen += 1
             self._optimizers[site.optimizer] = state
         return state
@@ -292,10 +300,16 @@ class Compressor:
         """Bundles of one tensor that travels by itself."""
         key = (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
         if key not in self._single:
+            # Everybody is in the same call here, so the answer can be awaited at once.
+            Agreement(f"settings.{site.name}", self._settings([site.name]), site.process_set).check(self)
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
             self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set)
             self._single[key] = plan[site.name]
         return self._single[key]
+
+    def _settings(self, names: Iterable[str]) -> list[Any]:
+        """What must be equal on all ranks for their collectives to match."""
+        return [repr(self), self.fusion_elements, self.min_elements, self.min_dims, *names]
 
     def _add_bundles(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.engine import Engine, Task
+from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, choose_exchange
+from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.fusion import Slice
 from hvd_qsgd.kernels import kernels_for
 
@@ -24,6 +27,32 @@ def empty_on(device: torch.device) -> Callable[[int, str], Any]:
     if device.type == "cpu":
         return np.empty
     return lambda length, dtype: torch.empty(length, dtype=getattr(torch, dtype), device=device)
+
+
+class Agreement:
+    """Whether all ranks have the same settings.
+
+    Ranks whose settings differ would wait for collectives that the others never start. The
+    question goes out with the first gradient, and the answer is read before the first result.
+    """
+
+    def __init__(self, name: str, settings: Any, process_set: Any) -> None:
+        digest = hashlib.blake2b(repr(settings).encode(), digest_size=8).digest()
+        collectives = HorovodCollectives(process_set)
+        request = AllGather(f"set{process_set.process_set_id}.{name}", np.frombuffer(digest, np.uint8).copy())
+        self._own = digest
+        self._handle = collectives.start(request)
+
+    def check(self, settings: Any) -> None:
+        """Raise ExchangeError, on all ranks, if some rank has other settings than this one."""
+        digests = self._handle.result().reshape(-1, len(self._own))
+        others = [rank for rank, digest in enumerate(digests) if digest.tobytes() != self._own]
+        if others:
+            ENGINE.abandon()
+            raise ExchangeError(
+                f"The ranks {others} have other compressor settings, or other parameters to compress, than this one, "
+                f"which has {settings}. All ranks must run the same model with the same compressor settings."
+            )
 
 
 class Buffers:
