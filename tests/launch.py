@@ -90,7 +90,7 @@ def launch(command: Sequence[str], ranks: int, launcher: str = "mpi", timeout: f
     return Outcome(status, output, counts)
 
 
-def launch_pytest(arguments: Sequence[str], ranks: int, launcher: str = "mpi", timeout: float = 240) -> Outcome:
+def launch_pytest(arguments: Sequence[str], ranks: int, launcher: str = "mpi", timeout: float = 400) -> Outcome:
     """Run pytest on every rank, with files of ``tests/horovod_torch`` and options."""
     inner = Path("tests", "horovod_torch")
     options = [
@@ -99,7 +99,7 @@ def launch_pytest(arguments: Sequence[str], ranks: int, launcher: str = "mpi", t
         "no:cacheprovider",
         "--color=no",
         f"--confcutdir={inner}",
-        "--timeout=60",
+        "--timeout=180",
         "--timeout-method=thread",
     ]
     return launch(
