@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 from launch import launch
 
-EPOCHS = 8
+EPOCHS = 5
 SEEDS = 3
 #: Points of accuracy on 1,000 test images, as a mean over the seeds. The standard error of one run is
 #: about 0.6 points, that of the difference of two means of three runs 0.5: this is two of them and a half.

@@ -6,7 +6,7 @@ References use the codecs' NumPy code and Horovod's plain allgather, nothing els
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -21,6 +21,7 @@ SHAPE = (71, 73)
 #: A power of two, so that its products are exact.
 LR = 0.125
 Parameters = dict[str, torch.nn.Parameter]
+Gradients = Mapping[str, torch.Tensor]
 
 
 # -- between ranks --------------------------------------------------------------------------
@@ -179,4 +180,47 @@ def train(optimizer: Any, parameters: Parameters, seeds: Iterable[int]) -> None:
     for seed in seeds:
         optimizer.zero_grad()
         backward(parameters, make_gradients(parameters, seed))
+        optimizer.step()
+
+
+# -- one step, up to the reduced gradients ----------------------------------------------------
+
+
+def check_gradients(
+    parameters: Parameters,
+    raw: Gradients,
+    codec: Codec,
+    step: int,
+    *,
+    factor: float = 1.0,
+    index: int = 0,
+    seed: int = 0,
+    bypassed: Collection[str] = (),
+    reference: Callable[..., Any] = reference_allgather,
+    process_set: Any = hvd.global_process_set,
+) -> None:
+    """The reduced gradients are those of the reference for what the ranks put in, and the same everywhere.
+
+    Biases, small tensors and what is ``bypassed`` besides are plain means.
+    """
+    for name, parameter in parameters.items():
+        inputs = gather(raw[name], process_set)
+        if name in bypassed or parameter.dim() < 2 or parameter.numel() < 1024:
+            mean = torch.stack(inputs).sum(0) / len(inputs)
+        else:
+            mean = torch.from_numpy(reference(codec, inputs, f"{index}/{name}", step, seed))
+        assert parameter.grad.dtype == parameter.dtype
+        assert_equal(parameter.grad, (mean * factor).to(parameter.dtype))
+    assert_same_on_all_ranks([p.grad for p in parameters.values()], process_set)
+
+
+def reduce_gradients(optimizer: Any, parameters: Parameters, raw: Gradients) -> None:
+    """One step up to the reduced gradients."""
+    optimizer.zero_grad()
+    backward(parameters, raw)
+    optimizer.synchronize()
+
+
+def apply_gradients(optimizer: Any) -> None:
+    with optimizer.skip_synchronize():
         optimizer.step()

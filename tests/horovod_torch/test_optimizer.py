@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import horovod.torch as hvd
@@ -11,17 +10,19 @@ import torch
 import torch.nn.functional as F
 from rank_checks import (
     LR,
-    Parameters,
+    apply_gradients,
     assert_equal,
     assert_same_on_all_ranks,
     assert_within_a_level,
     backward,
+    check_gradients,
     digest,
     dyadic,
     gather,
     make_gradients,
     make_optimizer,
     make_parameters,
+    reduce_gradients,
     reference_allgather,
     reference_allreduce,
     train,
@@ -33,56 +34,16 @@ from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDC
 #: Biases and what is small are not compressed.
 SHAPES = {"conv.weight": (8, 4, 7, 9), "conv.bias": (8,), "head.weight": (50, 61), "head.bias": (50,), "tiny": (9, 9)}
 BYPASSED = {"conv.bias", "head.bias", "tiny"}
-Gradients = Mapping[str, torch.Tensor]
 
 
-def check_gradients(
-    parameters: Parameters,
-    raw: Gradients,
-    codec: Codec,
-    step: int,
-    *,
-    factor: float = 1.0,
-    index: int = 0,
-    seed: int = 0,
-    bypassed: set[str] = BYPASSED,
-    reference: Callable[..., Any] = reference_allgather,
-    process_set: Any = hvd.global_process_set,
-) -> None:
-    """The reduced gradients are those of the reference for what the ranks put in, and the same everywhere."""
-    for name, parameter in parameters.items():
-        inputs = gather(raw[name], process_set)
-        if name in bypassed:
-            mean = torch.stack(inputs).sum(0) / len(inputs)
-        else:
-            mean = torch.from_numpy(reference(codec, inputs, f"{index}/{name}", step, seed))
-        assert parameter.grad.dtype == parameter.dtype
-        assert_equal(parameter.grad, (mean * factor).to(parameter.dtype))
-    assert_same_on_all_ranks([p.grad for p in parameters.values()], process_set)
-
-
-def reduce(optimizer: Any, parameters: Parameters, raw: Gradients) -> None:
-    """One step up to the reduced gradients."""
-    optimizer.zero_grad()
-    backward(parameters, raw)
-    optimizer.synchronize()
-
-
-def apply(optimizer: Any) -> None:
-    with optimizer.skip_synchronize():
-        optimizer.step()
-
-
-def check_training(
-    compression: Any, codec: Codec, steps: int = 2, dtype: torch.dtype = torch.float32, **checks: Any
-) -> None:
-    parameters = make_parameters(SHAPES, dtype)
+def check_training(compression: Any, codec: Codec, **checks: Any) -> None:
+    parameters = make_parameters(SHAPES)
     optimizer = make_optimizer(parameters, compression)
-    for step in range(steps):
+    for step in range(2):
         raw = make_gradients(parameters, step)
-        reduce(optimizer, parameters, raw)
+        reduce_gradients(optimizer, parameters, raw)
         check_gradients(parameters, raw, codec, step, **checks)
-        apply(optimizer)
+        apply_gradients(optimizer)
         assert_same_on_all_ranks(parameters.values())
 
 
@@ -114,11 +75,11 @@ def test_scatter_gather_exchange(exchange: str) -> None:
     optimizer = make_optimizer(parameters, QSGDCompressor(8, exchange=exchange))
     for step in range(2):
         raw = make_gradients(parameters, step)
-        reduce(optimizer, parameters, raw)
+        reduce_gradients(optimizer, parameters, raw)
         for name in sorted(SHAPES.keys() - BYPASSED):
             assert_within_a_level(QSGD(8), parameters[name].grad, gather(raw[name]), roundings=2)
         assert_same_on_all_ranks([p.grad for p in parameters.values()])
-        apply(optimizer)
+        apply_gradients(optimizer)
 
 
 @pytest.mark.parametrize("kind", [QSGDCompressor, TopKCompressor, IdentityCompressor, CastCompressor])
@@ -175,9 +136,9 @@ def test_operations_factors_and_groups(settings: dict[str, Any]) -> None:
     optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), **settings)
     for step in range(2):
         raw = make_gradients(parameters, step)
-        reduce(optimizer, parameters, raw)
+        reduce_gradients(optimizer, parameters, raw)
         check_gradients(parameters, raw, QSGD(), step, factor=factor)
-        apply(optimizer)
+        apply_gradients(optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -187,9 +148,9 @@ def test_dtypes(dtype: torch.dtype, groups: int | None) -> None:
     optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), groups=groups)
     for step in range(2):
         raw = make_gradients(parameters, step)
-        reduce(optimizer, parameters, raw)
+        reduce_gradients(optimizer, parameters, raw)
         check_gradients(parameters, raw, QSGD(), step)
-        apply(optimizer)
+        apply_gradients(optimizer)
 
 
 @pytest.mark.parametrize("groups", [None, 2])
@@ -205,7 +166,7 @@ def test_several_backward_passes_per_step(groups: int | None) -> None:
             backward(parameters, raw)
         optimizer.synchronize()
         check_gradients(parameters, {name: sum(raw[name] for raw in raws) for name in SHAPES}, QSGD(), step)
-        apply(optimizer)
+        apply_gradients(optimizer)
 
 
 def test_parameters_without_names() -> None:
@@ -215,7 +176,7 @@ def test_parameters_without_names() -> None:
     )
     named = {"allreduce.noname.0.0": parameter}
     raw = make_gradients(named)
-    reduce(optimizer, named, raw)
+    reduce_gradients(optimizer, named, raw)
     check_gradients(named, raw, QSGD(), 0)
 
 
@@ -231,14 +192,14 @@ def test_parameters_that_only_some_ranks_use(exchange: str) -> None:
     for step in range(3):
         raw = make_gradients(parameters, step)
         used = {name for i, name in enumerate(shapes) if (i + step + hvd.rank()) % 3 == 0}
-        reduce(optimizer, parameters, {name: raw[name] for name in used})
+        reduce_gradients(optimizer, parameters, {name: raw[name] for name in used})
         expected = {name: raw[name] * (name in used) for name in shapes}
         if exchange == "allgather":
             check_gradients(parameters, expected, QSGD(), step)
         for name in shapes:
             assert_within_a_level(QSGD(), parameters[name].grad, gather(expected[name]), roundings=2)
         assert_same_on_all_ranks([p.grad for p in parameters.values()])
-        apply(optimizer)
+        apply_gradients(optimizer)
 
 
 @pytest.mark.parametrize("as_dense", [True, False])
@@ -257,7 +218,7 @@ def test_sparse_gradients(as_dense: bool) -> None:
         raw["embedding"] = torch.zeros(200, 16).index_add(0, rows, weights)
         assert parameters["embedding"].grad.is_sparse
         check_gradients(parameters, raw, QSGD(), step, bypassed=set() if as_dense else {"embedding"})
-        apply(optimizer)
+        apply_gradients(optimizer)
     assert ("0/embedding" in compressor.stats().tensors) == as_dense
 
 
@@ -278,7 +239,7 @@ def test_memory_formats(exchange: str) -> None:
         assert not parameters["transposed"].grad.is_contiguous()
         optimizer.synchronize()
         check_gradients(parameters, raw, QSGD(), step, reference=reference)
-        apply(optimizer)
+        apply_gradients(optimizer)
     # Gradients that no backward pass made, in memory that is not even dense.
     raw = make_gradients(parameters, 2)
     for name, parameter in parameters.items():
@@ -295,10 +256,10 @@ def test_layers_that_are_frozen_and_unfrozen() -> None:
             parameter.requires_grad_(name in trained)
         before = parameters["backbone"].detach().clone()
         raw = make_gradients(parameters, step)
-        reduce(optimizer, parameters, {name: raw[name] for name in trained})
+        reduce_gradients(optimizer, parameters, {name: raw[name] for name in trained})
         expected = {name: raw[name] * (name in trained) for name in raw}
         check_gradients(parameters, expected, QSGD(), step)
-        apply(optimizer)
+        apply_gradients(optimizer)
         assert torch.equal(parameters["backbone"], before) == ("backbone" not in trained)
 
 
@@ -309,7 +270,7 @@ def test_what_is_frozen_when_the_optimizer_is_made_is_left_alone() -> None:
     optimizer = make_optimizer(parameters, compressor)
     head = {"head": parameters["head"]}
     raw = make_gradients(head)
-    reduce(optimizer, head, raw)
+    reduce_gradients(optimizer, head, raw)
     check_gradients(head, raw, QSGD(), 0)
     assert parameters["backbone"].grad is None
     assert set(compressor.stats().tensors) == {"0/head"}
@@ -355,47 +316,7 @@ def test_a_network_with_real_layers() -> None:
             if name in weights:
                 assert_equal(parameter.grad, reference_allgather(QSGD(), gather(gradient), f"0/{name}", step))
         assert_same_on_all_ranks([p.grad for p in parameters.values()])
-        apply(optimizer)
-
-
-# -- who takes part ---------------------------------------------------------------------------
-
-
-def check_process_set(members: list[list[int]]) -> None:
-    """Disjoint sets train side by side, each on the mean of its own ranks."""
-    process_sets = [hvd.add_process_set(ranks) for ranks in members]
-    mine = next((s for s in process_sets if s.included()), None)
-    try:
-        if mine is not None:
-            parameters = make_parameters({"first": (40, 50), "second": (30, 40)})
-            optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"), process_set=mine)
-            for step in range(2):
-                raw = make_gradients(parameters, step)
-                reduce(optimizer, parameters, raw)
-                bypassed = set(parameters) if mine.size() == 1 else set()
-                check_gradients(parameters, raw, QSGD(), step, bypassed=bypassed, process_set=mine)
-                apply(optimizer)
-            x = dyadic((60, 60))
-            for exchange in ("auto", "scatter_gather", "allreduce"):
-                compressor = QSGDCompressor(exchange=exchange)
-                result = hvd.allreduce(x, name="x", compression=compressor, process_set=mine)
-                assert_within_a_level(QSGD(), result, gather(x, mine), roundings=2)
-                assert_same_on_all_ranks([result], mine)
-    finally:
-        hvd.barrier()
-        for process_set in process_sets:
-            hvd.remove_process_set(process_set)
-
-
-@pytest.mark.ranks(2)
-def test_process_sets_of_one_rank() -> None:
-    check_process_set([[0], [1]])
-
-
-@pytest.mark.ranks(4)
-@pytest.mark.parametrize("members", [[[0, 2], [1, 3]], [[0, 1, 3]], [[1, 2], [3]]], ids=str)
-def test_process_sets(members: list[list[int]]) -> None:
-    check_process_set(members)
+        apply_gradients(optimizer)
 
 
 @pytest.mark.parametrize("settings", [{}, {"exchange": "scatter_gather"}, {"exchange": "allreduce"}], ids=str)
