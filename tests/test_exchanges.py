@@ -310,7 +310,7 @@ def test_allreduce_sends_scales_and_lanes_twice(ranks: int) -> None:
     codec = QSGD()
     inputs = make_inputs(ranks, (512 * 4, 0, 3))
     width = next(w for w in range(33) if ranks * 2 * codec.levels < 2**w)
-    words = 3 + (4 + 1) + sum(-(-length // (32 // width)) for length in (512 * 4, 3))
+    words = 3 + (4 + 1) + sum(-(-bucket // (32 // width)) for bucket in (512, 512, 512, 512, 3))
     for job in check_exchange("allreduce", codec, inputs):
         assert job.wire_bytes == pytest.approx(2 * (ranks - 1) / ranks * 4 * words)
 
