@@ -18,12 +18,14 @@ from typing_extensions import Concatenate, ParamSpec
 
 from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK
 from hvd_qsgd.codecs.base import check_integer
+from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
-from hvd_qsgd.exchanges import Piece, check_exchange
+from hvd_qsgd.exchanges import AUTO, BY_RANKS, Piece, check_exchange
 from hvd_qsgd.feedback import ErrorFeedback, check_feedback
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.torch.auto import Advisor
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight
 
@@ -68,6 +70,14 @@ class Unchanged:
 
 
 @dataclass
+class Undecided:
+    """A tensor of the step before ``exchange="auto"`` decides; ``context`` is what it has otherwise."""
+
+    site: CallSite
+    context: Unchanged | None
+
+
+@dataclass
 class OptimizerState:
     """What a compressor knows of one distributed optimizer."""
 
@@ -77,6 +87,9 @@ class OptimizerState:
     agreement: Agreement | None
     #: Whether gradients came since the last synchronize().
     fresh: bool = False
+    #: Of exchange="auto": the names of gradients on their way in the step that comes before the decision.
+    undecided: set[str] = field(default_factory=set)
+    decision: Decision | None = None
 
 
 class Compressor:
@@ -87,7 +100,10 @@ class Compressor:
 
     Args:
         codec: what is sent.
-        exchange: how it travels: "auto", "allgather", "scatter_gather" or "allreduce".
+        exchange: how it travels: "allgather", "scatter_gather" or "allreduce"; "by_ranks": the first
+            for up to three ranks, else the second; "auto": the fastest for this network and machine, by
+            a short measurement in the first step (which is not compressed), or no compression
+            if that would not be faster; see ``stats().decisions``.
         error_feedback: add what was lost to the next gradient; by default on for biased codecs.
         min_elements: tensors with fewer elements go through Horovod's own allreduce.
         min_dims: so do tensors with fewer dimensions (biases, norms).
@@ -104,7 +120,7 @@ class Compressor:
         self,
         codec: Codec,
         *,
-        exchange: str = "auto",
+        exchange: str = BY_RANKS,
         error_feedback: bool | None = None,
         min_elements: int = 1024,
         min_dims: int = 2,
@@ -131,6 +147,8 @@ class Compressor:
         self._steps: dict[str, int] = {}
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
+        self._advisor = Advisor(codec)
+        self._decisions: dict[tuple[Any, ...], Decision] = {}
         #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
         self._single: dict[tuple[Any, ...], list[tuple[Slice, Bundle]]] = {}
 
@@ -165,6 +183,15 @@ class Compressor:
         reason = self._bypass_reason(tensor, site.process_set)
         if reason:
             return self._bypass(key, tensor, site, reason)
+        if self.exchange == AUTO:
+            decision = self._decision(site, state, tensor)
+            if decision is None:
+                assert state is not None
+                state.undecided.add(site.name)
+                carried, unchanged = self._bypass(key, tensor, site, 'exchange="auto" measures in the first step')
+                return carried, Undecided(site, unchanged)
+            if decision.exchange == UNCOMPRESSED:
+                return self._bypass(key, tensor, site, f'exchange="auto": {decision}')
         if self.error_feedback and not site.named:
             raise UnsupportedError(
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
@@ -204,20 +231,19 @@ class Compressor:
         """
         if context is None:
             return tensor
+        if isinstance(context, Undecided):
+            self._landed(context)
+            return self.decompress(tensor, context.context)
         if isinstance(context, Unchanged):
             result = tensor if context.tensor is None else scaled(context.tensor, tensor)
             return result if context.dtype is None else result.to(context.dtype)
         if context.site.optimizer is not None:
-            state = self._optimizers[context.site.optimizer]
-            state.fresh = False
-            if state.agreement is not None:
-                state.agreement.check(self)
-                state.agreement = None
+            self._settled(self._optimizers[context.site.optimizer])
         record = self._record(context.key, context.tensor, context.flights[0][1].bundle.collectives.ranks)
         for part, flight in context.flights:
             job = flight.wait()
             piece = flight.pieces[part]
-            record.exchange = flight.exchange
+            record.exchange, record.bypassed = flight.exchange, ""
             record.payload_bytes += piece.payload_bytes
             record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
         if context.corrected is not None:
@@ -275,14 +301,21 @@ class Compressor:
             return None
         state = self._optimizers.get(site.optimizer)
         if state is None:
-            plan = self._plan(site)
+            plan = self._plan(site, self.exchange)
             agreement = Agreement(f"settings.{self._optimizers_seen}", self._settings(plan), site.process_set)
             state = OptimizerState(self._optimizers_seen, plan, agreement)
             self._optimizers_seen += 1
             self._optimizers[site.optimizer] = state
         return state
 
-    def _plan(self, site: CallSite) -> dict[str, list[tuple[Slice, Bundle]]]:
+    def _settled(self, state: OptimizerState) -> None:
+        """Gradients come back: by now all ranks have said what their settings are."""
+        state.fresh = False
+        if state.agreement is not None:
+            state.agreement.check(self)
+            state.agreement = None
+
+    def _plan(self, site: CallSite, exchange: str) -> dict[str, list[tuple[Slice, Bundle]]]:
         """Bundles of all gradients that this optimizer will hand in, last layers first."""
         optimizer = site.optimizer
         by_device: dict[torch.device, list[tuple[str, int]]] = {}
@@ -293,17 +326,18 @@ class Compressor:
                 by_device.setdefault(parameter.device, []).append(entry)
         plan: dict[str, list[tuple[Slice, Bundle]]] = {}
         for device, lengths in by_device.items():
-            self._add_bundles(plan, lengths, device, site.process_set)
+            self._add_bundles(plan, lengths, device, site.process_set, exchange)
         return plan
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        key = (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
+        key = self._single_key(site, tensor)
         if key not in self._single:
             # Everybody is in the same call here, so the answer can be awaited at once.
             Agreement(f"settings.{site.name}", self._settings([site.name]), site.process_set).check(self)
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
-            self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set)
+            exchange = self._decisions[key].exchange if key in self._decisions else self.exchange
+            self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set, exchange)
             self._single[key] = plan[site.name]
         return self._single[key]
 
@@ -317,10 +351,11 @@ class Compressor:
         lengths: list[tuple[str, int]],
         device: torch.device,
         process_set: Any,
+        exchange: str,
     ) -> None:
         for slices in plan_bundles(lengths, self.codec.granularity, self.fusion_elements):
             prefix = f"set{process_set.process_set_id}."
-            bundle = Bundle(slices, self.codec, self.exchange, device, process_set, prefix)
+            bundle = Bundle(slices, self.codec, exchange, device, process_set, prefix)
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
 
@@ -348,6 +383,43 @@ class Compressor:
         if process_set.size() == 1:
             return "there is one rank only"
         return ""
+
+    # -- exchange="auto" --------------------------------------------------------------------
+
+    def _decision(self, site: CallSite, state: OptimizerState | None, tensor: torch.Tensor) -> Decision | None:
+        """What was decided for a tensor; None in an optimizer's first step."""
+        if state is not None:
+            return state.decision
+        key = self._single_key(site, tensor)
+        if key not in self._decisions:
+            # Everybody is in the same call here, and can measure at once.
+            decision = self._advisor.decide(site.process_set, tensor.device, tensor.numel())
+            self._decisions[key] = decision
+            self._stats.decisions[site.name] = str(decision)
+        return self._decisions[key]
+
+    def _landed(self, undecided: Undecided) -> None:
+        """A gradient of an optimizer's first step has come back.
+
+        After the last one the network is quiet and all ranks are in ``synchronize()``: the time to measure.
+        """
+        state = self._optimizers[undecided.site.optimizer]
+        self._settled(state)
+        state.undecided.discard(undecided.site.name)
+        if state.undecided:
+            return
+        slices = [entry for entries in state.bundles.values() for entry in entries]
+        bundles = {id(bundle): bundle for _, bundle in slices}
+        elements = sum(part.stop - part.start for part, _ in slices)
+        device = slices[0][1].device
+        state.decision = self._advisor.decide(undecided.site.process_set, device, elements, len(bundles))
+        self._stats.decisions[f"optimizer {state.index}"] = str(state.decision)
+        if state.decision.exchange != UNCOMPRESSED:
+            state.bundles = self._plan(undecided.site, state.decision.exchange)
+
+    @staticmethod
+    def _single_key(site: CallSite, tensor: torch.Tensor) -> tuple[Any, ...]:
+        return (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
 
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
         record = self._record(key, tensor, site.process_set.size())

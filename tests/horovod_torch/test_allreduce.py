@@ -57,7 +57,7 @@ def test_quantization(bits: int, norm: str, exchange: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("exchange", "roundings"), [("allgather", 1), ("scatter_gather", 2), ("allreduce", 1), ("auto", 2)]
+    ("exchange", "roundings"), [("allgather", 1), ("scatter_gather", 2), ("allreduce", 1), ("by_ranks", 2)]
 )
 def test_the_error_is_below_a_level_for_each_rounding(exchange: str, roundings: int) -> None:
     x = normal(SHAPE)
