@@ -117,7 +117,7 @@ REFERENCES = {
 }
 
 
-def auto(codec: Codec) -> str:
+def by_ranks(codec: Codec) -> str:
     """The exchange that "by_ranks" has to choose."""
     return "scatter_gather" if hvd.size() >= 4 and not codec.variable_size else "allgather"
 
