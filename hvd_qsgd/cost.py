@@ -5,16 +5,16 @@ an exchange does (:class:`hvd_qsgd.exchanges.base.Work`) they predict its time (
 and the predictions decide what ``exchange="auto"`` does (:func:`decide`).
 
 The model: a collective takes ``start + hop * (n - 1)`` seconds and so many for each byte that a
-rank sends. Encoding and decoding take so many seconds for each element. Work on one bundle of
-gradients goes on while another one is on the wire, so of all the bundles together the slower
-of the two counts, and of the faster one only a bundle's share.
+rank sends. Encoding and decoding take so many seconds for each element, and take them from the
+training itself. The wire works beside it: behind the backward pass, for the first phase of an
+exchange, and behind the encoding and decoding of other bundles of gradients.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,25 +50,30 @@ class Costs:
     decode: float
     lanes: float = 0.0
 
-    def predict(self, exchange: str, codec: Codec, elements: int, ranks: int, bundles: int = 1) -> float:
-        """Seconds for the mean of ``elements`` float32 values over ``ranks`` ranks.
+    def predict(
+        self, exchange: str, codec: Codec, elements: int, ranks: int, bundles: int = 1, hidden: float = 0.0
+    ) -> float:
+        """Seconds that a step gets longer by the mean of ``elements`` float32 values over ``ranks`` ranks.
 
         Args:
             exchange: a name in EXCHANGES, or "none" for Horovod's own allreduce.
             bundles: number of exchanges into which the elements are divided evenly.
+            hidden: seconds of backward pass behind which transfers can hide.
         """
         if ranks == 1 or elements == 0:
             return 0.0
         if exchange == UNCOMPRESSED:
             work = Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * elements})
-            bundles = 1
         else:
             work = EXCHANGES[exchange].work(codec, elements, ranks)
-        wire = sum(sent * self.byte[collective] for collective, sent in work.sent.items())
+        first, *later = (sent * self.byte[collective] for collective, sent in work.sent.items())
+        if work.agreements:
+            # What is sent first is short, and the rest waits for its outcome.
+            first, later = 0.0, [first, *later]
+        wire = max(first - hidden, 0.0) + sum(later)
         codec_time = work.encoded * self.encode + work.decoded * self.decode + work.lanes * self.lanes
         phases = len(work.sent) + work.agreements
-        waiting = phases * (self.start + self.hop * (ranks - 1))
-        return waiting + max(wire, codec_time) + min(wire, codec_time) / bundles
+        return phases * (self.start + self.hop * (ranks - 1)) + max(codec_time, wire + codec_time / bundles)
 
 
 def measure_costs(kernels: Kernels, ranks: int, empty: Empty, name: str) -> Generator[Request, Any, Costs]:
@@ -94,14 +99,18 @@ def measure_costs(kernels: Kernels, ranks: int, empty: Empty, name: str) -> Gene
     start = seconds[0]
     # What a probe took beyond a small one; never nothing, however fast the network.
     byte = [max(taken - start, 0.1 * taken) / PROBE_BYTES for taken in seconds[1:]]
-    measured = np.array([start, *byte, *_codec_times(kernels, empty)], np.float32)
-    # Floats that are not negative order like their bit patterns.
-    agreed = empty(len(measured), "int32")
-    agreed[:] = _like(agreed, measured.view(np.int32))
-    agreed = yield AllReduce(f"{name}.agreed", agreed, "max")
-    values = np.array([int(word) for word in agreed], np.int32).view(np.float32).astype(float).tolist()
+    values = yield from agree_on_largest([start, *byte, *_codec_times(kernels, empty)], empty, name)
     encode, decode, lanes = values[1 + len(COLLECTIVES) :]
     return Costs(values[0], 0.0, dict(zip(COLLECTIVES, values[1:])), encode, decode, lanes)
+
+
+def agree_on_largest(values: Sequence[float], empty: Empty, name: str) -> Generator[Request, Any, list[float]]:
+    """The largest value of all ranks, for each of some float32 values that are not negative."""
+    words = empty(len(values), "int32")
+    # Such floats order like their bit patterns.
+    words[:] = _like(words, np.array(values, np.float32).view(np.int32))
+    words = yield AllReduce(f"{name}.agreed", words, "max")
+    return np.array([int(word) for word in words], np.int32).view(np.float32).astype(float).tolist()
 
 
 def _probe(collective: Callable[..., Request], size: int, ranks: int, empty: Empty, name: str) -> Request:
@@ -167,10 +176,13 @@ class Decision:
         return f"{choice} (predicted: {times})"
 
 
-def decide(costs: Costs, codec: Codec, elements: int, ranks: int, bundles: int = 1) -> Decision:
-    """The fastest exchange, or "none" unless compression promises to be faster by :data:`MARGIN`."""
+def decide(costs: Costs, codec: Codec, elements: int, ranks: int, bundles: int = 1, hidden: float = 0.0) -> Decision:
+    """The fastest exchange, or "none" unless compression promises to be faster by :data:`MARGIN`.
+
+    The arguments are those of :meth:`Costs.predict`.
+    """
     names = [UNCOMPRESSED, *codec.exchanges]
-    predicted = {name: costs.predict(name, codec, elements, ranks, bundles) for name in names}
+    predicted = {name: costs.predict(name, codec, elements, ranks, bundles, hidden) for name in names}
     best = min(codec.exchanges, key=lambda name: predicted[name])
     worth_it = predicted[best] < (1 - MARGIN) * predicted[UNCOMPRESSED]
     return Decision(best if worth_it else UNCOMPRESSED, predicted)

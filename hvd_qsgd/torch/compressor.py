@@ -25,9 +25,9 @@ from hvd_qsgd.feedback import ErrorFeedback, check_feedback
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.stats import Stats, TensorStats
-from hvd_qsgd.torch.auto import Advisor
+from hvd_qsgd.torch.auto import Advisor, Rehearsal
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
-from hvd_qsgd.torch.flights import Agreement, Bundle, Flight
+from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,7 +71,7 @@ class Unchanged:
 
 @dataclass
 class Undecided:
-    """A tensor of the step before ``exchange="auto"`` decides; ``context`` is what it has otherwise."""
+    """A tensor of the steps before ``exchange="auto"`` decides; ``context`` is what it has otherwise."""
 
     site: CallSite
     context: Unchanged | None
@@ -87,8 +87,8 @@ class OptimizerState:
     agreement: Agreement | None
     #: Whether gradients came since the last synchronize().
     fresh: bool = False
-    #: Of exchange="auto": the names of gradients on their way in the step that comes before the decision.
-    undecided: set[str] = field(default_factory=set)
+    #: Of exchange="auto".
+    rehearsal: Rehearsal = field(default_factory=Rehearsal)
     decision: Decision | None = None
 
 
@@ -102,7 +102,7 @@ class Compressor:
         codec: what is sent.
         exchange: how it travels: "allgather", "scatter_gather" or "allreduce"; "by_ranks": the first
             for up to three ranks, else the second; "auto": the fastest for this network and machine, by
-            a short measurement in the first step (which is not compressed), or no compression
+            a short measurement in the first two steps (which are not compressed), or no compression
             if that would not be faster; see ``stats().decisions``.
         error_feedback: add what was lost to the next gradient; by default on for biased codecs.
         min_elements: tensors with fewer elements go through Horovod's own allreduce.
@@ -125,7 +125,7 @@ class Compressor:
         min_elements: int = 1024,
         min_dims: int = 2,
         seed: int = 0,
-        fusion_elements: int = 1 << 21,
+        fusion_elements: int = 1 << 20,
     ) -> None:
         name = type(self).__name__
         check_exchange(exchange, codec)
@@ -187,8 +187,8 @@ class Compressor:
             decision = self._decision(site, state, tensor)
             if decision is None:
                 assert state is not None
-                state.undecided.add(site.name)
-                carried, unchanged = self._bypass(key, tensor, site, 'exchange="auto" measures in the first step')
+                state.rehearsal.takes_off(site.name)
+                carried, unchanged = self._bypass(key, tensor, site, 'exchange="auto" measures in the first steps')
                 return carried, Undecided(site, unchanged)
             if decision.exchange == UNCOMPRESSED:
                 return self._bypass(key, tensor, site, f'exchange="auto": {decision}')
@@ -387,7 +387,7 @@ class Compressor:
     # -- exchange="auto" --------------------------------------------------------------------
 
     def _decision(self, site: CallSite, state: OptimizerState | None, tensor: torch.Tensor) -> Decision | None:
-        """What was decided for a tensor; None in an optimizer's first step."""
+        """What was decided for a tensor; None in an optimizer's first steps."""
         if state is not None:
             return state.decision
         key = self._single_key(site, tensor)
@@ -399,20 +399,18 @@ class Compressor:
         return self._decisions[key]
 
     def _landed(self, undecided: Undecided) -> None:
-        """A gradient of an optimizer's first step has come back.
-
-        After the last one the network is quiet and all ranks are in ``synchronize()``: the time to measure.
-        """
+        """A gradient of an optimizer's first steps has come back; after the last one, decide."""
         state = self._optimizers[undecided.site.optimizer]
         self._settled(state)
-        state.undecided.discard(undecided.site.name)
-        if state.undecided:
+        if not state.rehearsal.lands(undecided.site.name):
             return
         slices = [entry for entries in state.bundles.values() for entry in entries]
         bundles = {id(bundle): bundle for _, bundle in slices}
         elements = sum(part.stop - part.start for part, _ in slices)
         device = slices[0][1].device
-        state.decision = self._advisor.decide(undecided.site.process_set, device, elements, len(bundles))
+        state.decision = self._advisor.decide(
+            undecided.site.process_set, device, elements, len(bundles), state.rehearsal.backward
+        )
         self._stats.decisions[f"optimizer {state.index}"] = str(state.decision)
         if state.decision.exchange != UNCOMPRESSED:
             state.bundles = self._plan(undecided.site, state.decision.exchange)
@@ -444,7 +442,8 @@ class Compressor:
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad
-        out = array_of(tensor) if in_place else array_of(torch.empty(tensor.numel(), device=tensor.device))
+        # Memory from NumPy comes in huge pages: touching 100 MB from torch for the first time can take 100 ms.
+        out = array_of(tensor) if in_place else empty_on(tensor.device)(tensor.numel(), "float32")
         return Context(site, key, tensor, out, corrected=corrected)
 
     @staticmethod
@@ -465,9 +464,9 @@ def array_of(tensor: torch.Tensor) -> Any:
 
 
 def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
-    """The mean times the reduced carrier."""
+    """The mean, multiplied in place by the reduced carrier."""
     factor = float(carrier)
-    return mean if factor == 1.0 else mean * factor
+    return mean if factor == 1.0 else mean.mul_(factor)
 
 
 class QSGDCompressor(Compressor):
