@@ -12,6 +12,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
+from peers import PEERS, wrap
 from resnet50 import ResNet50
 
 from hvd_qsgd.torch import CastCompressor, QSGDCompressor, TopKCompressor
@@ -68,9 +69,11 @@ def one_tensor(method: str, elements: int) -> Callable[[], None]:
 def training(method: str, batch: int, pixels: int) -> Callable[[], None]:
     """A step of ResNet-50; "local" is the same step without any communication."""
     torch.manual_seed(0)
-    model = ResNet50()
+    model: torch.nn.Module = ResNet50()
+    if method in PEERS:
+        model = wrap(method, model)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-4)
-    if method != "local":
+    if method in METHODS:
         # Methods that take turns in one job need names of their own.
         names = [(f"{method}.{name}", parameter) for name, parameter in model.named_parameters()]
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=names, compression=METHODS[method]())
@@ -87,7 +90,7 @@ def training(method: str, batch: int, pixels: int) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", choices=["tensor", "resnet50"], default="tensor")
-    parser.add_argument("--methods", nargs="+", default=["none", "qsgd4"], choices=[*METHODS, "local"])
+    parser.add_argument("--methods", nargs="+", default=["none", "qsgd4"], choices=[*METHODS, *PEERS, "local"])
     parser.add_argument("--elements", type=int, default=25_000_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4)
