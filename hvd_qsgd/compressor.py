@@ -109,6 +109,9 @@ class CompressorBase:
     @class_or_instance
     def reset(self) -> None:
         """Forget statistics, residuals and random steps."""
+        self._forget()
+
+    def _forget(self) -> None:
         self._stats = Stats()
         self._feedback.replace({})
         self._steps.clear()

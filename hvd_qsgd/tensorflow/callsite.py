@@ -1,0 +1,125 @@
+"""Who calls a compressor.
+
+Horovod hands ``compress`` a tensor alone, one at a time. What will be done with it, and which
+other gradients come with it, is in the frames of the Horovod functions above, which are read
+here, and only here. Autograph may have rewritten these functions (``tf__allreduce``), but it
+keeps their global and local variables. Horovod 0.28.1 is the last release; its code does not change.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from hvd_qsgd.errors import UnsupportedError
+
+#: Frames to look through: tf.cond and autograph put some forty between Horovod's functions.
+DEPTH = 200
+OPERATIONS = {hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max", hvd.Product: "Product"}
+REDUCTIONS = ("allreduce", "grouped_allreduce")
+REFUSED = ("reducescatter", "grouped_reducescatter")
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """What the caller of ``compress`` knows.
+
+    Attributes:
+        process_set: whose ranks take part.
+        tensors: what will be handed in together, this tensor among them.
+        names: of each; None where ``hvd.allreduce`` was called without a name.
+        variables: whose gradients the tensors are, or None.
+        graph: where all tensors are at hand; None where nothing is traced.
+        grouped: whether the result goes into a grouped allreduce, whose tensors share a type.
+        marker: an object that is the same for all tensors of this call and for no other call.
+    """
+
+    process_set: Any
+    tensors: Sequence[tf.Tensor]
+    names: Sequence[str | None]
+    variables: Sequence[Any] | None
+    graph: Any
+    grouped: bool
+    marker: Any
+
+
+def find_call_site(tensor: tf.Tensor) -> CallSite:
+    """Read the call site of a ``compress`` from the stack.
+
+    Raises:
+        UnsupportedError: the caller is no Horovod function, or one whose operation is not linear.
+    """
+    frames = {name: frame for name, frame in _horovod_frames()}
+    if any(name in frames for name in REFUSED):
+        raise UnsupportedError(
+            "hvd.reducescatter cannot be combined with this compression: each rank would need another part of the "
+            "result. Use hvd.allreduce, or compression=hvd.Compression.fp16."
+        )
+    function = next((name for name in frames if name in REDUCTIONS), None)
+    if function is None:
+        raise UnsupportedError(
+            "compress() was not called by a function of Horovod that this package knows, so the name and the process "
+            "set of the tensor are unknown. Pass the compressor as compression= to hvd.DistributedGradientTape, "
+            "hvd.DistributedOptimizer, hvd.allreduce or hvd.grouped_allreduce of Horovod 0.28; to encode without "
+            "Horovod use hvd_qsgd.QSGD or hvd_qsgd.TopK."
+        )
+    caller = frames[function].f_locals
+    if caller["op"] not in (hvd.Average, hvd.Sum):
+        raise UnsupportedError(
+            f"op={OPERATIONS.get(caller['op'], caller['op'])} cannot be combined with compression: only the mean and "
+            f"the sum of compressed tensors are defined. Use op=hvd.Average or op=hvd.Sum, or "
+            f"compression=hvd.Compression.none."
+        )
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    grouped = function == "grouped_allreduce"
+    if grouped:
+        marker = caller["tensors"]
+        tensors = [member for member in marker if not isinstance(member, tf.IndexedSlices)]
+    else:
+        marker, tensors = tensor, [tensor]
+    names: list[str | None] = [caller["name"] and (f"{caller['name']}.{i}" if grouped else caller["name"])
+                               for i in range(len(tensors))]  # fmt: skip
+    variables = None
+    if "allreduce_grads" in frames:
+        gradients = frames["allreduce_grads"].f_locals
+        if not grouped and not _elastic():
+            # Each gradient is handed in inside of a tf.cond of its own; together they are at hand outside of it.
+            marker = gradients["grads"]
+            tensors = [grad for grad in marker if isinstance(grad, tf.Tensor)]
+            graph = graph and graph.outer_graph
+        variables = [_variable_of(member, gradients) for member in tensors]
+        names = [variable.name.partition(":")[0] for variable in variables]
+    return CallSite(caller["process_set"], tensors, names, variables, graph, grouped, marker)
+
+
+def _horovod_frames() -> Iterator[tuple[str, FrameType]]:
+    """Functions of horovod.tensorflow above, the innermost first and each name once."""
+    frame: FrameType | None = sys._getframe(2)
+    seen: set[str] = set()
+    for _ in range(DEPTH):
+        if frame is None:
+            return
+        if frame.f_globals is vars(hvd):
+            name = frame.f_code.co_name.removeprefix("tf__")
+            if name not in seen:
+                seen.add(name)
+                yield name, frame
+            if name == "allreduce_grads":
+                return
+        frame = frame.f_back
+
+
+def _variable_of(tensor: tf.Tensor, gradients: dict[str, Any]) -> Any:
+    return next(variable for grad, variable in zip(gradients["grads"], gradients["vars"]) if grad is tensor)
+
+
+def _elastic() -> bool:
+    """Whether Horovod asks for the number of ranks anew in each step."""
+    return bool(int(os.environ.get("HOROVOD_ELASTIC", "0")))
