@@ -11,11 +11,15 @@ along, so that many gradients travel as few exchanges.
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from hvd_qsgd.agreement import check_settings, settings_message
@@ -74,12 +78,15 @@ class VariableNames:
         return f"{name}.{number}" if number else name
 
 
-class Compressor(CompressorBase):
+class Compressor(CompressorBase, tf.train.experimental.PythonState):
     """Horovod's compress/decompress interface around a codec.
 
     Use it as ``compression=`` of ``hvd.DistributedGradientTape``, ``hvd.DistributedOptimizer``,
     ``hvd.allreduce`` or ``hvd.grouped_allreduce``; both the class (all defaults) and an instance
     work. The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`.
+
+    ``tf.train.Checkpoint(compression=compressor)`` saves and restores residuals and random steps. Every rank has its
+    own, so every rank must write a checkpoint, under a name of its own.
     """
 
     framework = "tensorflow"
@@ -129,13 +136,32 @@ class Compressor(CompressorBase):
         if not isinstance(context, Ticket):
             return tensor
         mean = context.plan.land(context.index, context.departure, tf.cast(tensor, tf.float64))
-        return undifferentiable(context.tensor, tf.reshape(tf.cast(mean, context.tensor.dtype), context.tensor.shape))
+        shape = context.plan.entries[context.index].shape
+        return undifferentiable(context.tensor, tf.reshape(tf.cast(mean, context.tensor.dtype), shape))
+
+    # -- TensorFlow's checkpoints --------------------------------------------------------------
+
+    def serialize(self) -> bytes:
+        """:meth:`state_dict` as bytes, for ``tf.train.Checkpoint``."""
+        state = self.state_dict()
+        arrays = {f"residuals/{name}": array for name, array in state.pop("residuals").items()}
+        stream = io.BytesIO()
+        np.savez(stream, state=np.frombuffer(json.dumps(state).encode(), np.uint8), **arrays)
+        return stream.getvalue()
+
+    def deserialize(self, string_value: bytes) -> None:
+        """The inverse of :meth:`serialize`."""
+        with np.load(io.BytesIO(string_value), allow_pickle=False) as arrays:
+            state = json.loads(arrays["state"].tobytes())
+            names = [name for name in arrays.files if name != "state"]
+            state["residuals"] = {name.removeprefix("residuals/"): arrays[name] for name in names}
+        self.load_state_dict(state)
+
+    # -- parts of compress ---------------------------------------------------------------------
 
     def _forget(self) -> None:
         super()._forget()
         self._names = VariableNames()
-
-    # -- parts of compress ---------------------------------------------------------------------
 
     def _ticket(self, site: CallSite, tensor: tf.Tensor) -> Ticket:
         call = self._call
@@ -175,11 +201,11 @@ class Compressor(CompressorBase):
         tensor, name = site.tensors[index], site.names[index]
         shape = tensor.shape if site.variables is None else site.variables[index].shape
         known = shape.is_fully_defined()
-        elements = shape.num_elements() if known else 0
+        dims = tuple(shape.as_list()) if known else ()
         reason = "its shape is not known when the graph is traced"
         if known:
             reason = self._reason_to_bypass(
-                tensor.dtype.name, tensor.dtype.is_floating, shape.rank, elements, site.process_set.size()
+                tensor.dtype.name, tensor.dtype.is_floating, len(dims), math.prod(dims), site.process_set.size()
             )
         if name is None:
             if self.error_feedback and not reason:
@@ -188,10 +214,10 @@ class Compressor(CompressorBase):
                     "Pass name=, or a compressor with error_feedback=False."
                 )
             number = f".{index}" if site.grouped else ""
-            key = f"unnamed.{'x'.join(map(str, shape)) if known else 'unknown'}.{tensor.dtype.name}{number}"
+            key = f"unnamed.{'x'.join(map(str, dims)) if known else 'unknown'}.{tensor.dtype.name}{number}"
         else:
             key = name if site.variables is None else self._names.key(name, site.variables[index])
-        return Entry(key, elements, tensor.dtype.size, reason)
+        return Entry(key, dims, tensor.dtype.size, reason)
 
     def _make_plan(self, site: CallSite, entries: Sequence[Entry]) -> Plan:
         compressed = [entry for entry in entries if not entry.bypass]
@@ -208,7 +234,7 @@ class Compressor(CompressorBase):
                 exchange = decision.exchange
                 if exchange == UNCOMPRESSED:
                     reason = f'exchange="auto": {decision}'
-                    entries = [Entry(e.key, e.elements, e.element_size, e.bypass or reason) for e in entries]
+                    entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
         return Plan(self, entries, site.process_set, exchange)
 
     def _agree(self, name: str, compressed: Sequence[Entry], process_set: Any) -> None:

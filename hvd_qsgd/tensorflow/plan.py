@@ -9,6 +9,7 @@ for the network, and whatever does not depend on each other overlaps. Eager call
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -50,9 +51,13 @@ class Entry:
     """A tensor of a plan; ``bypass`` says why it is left to Horovod, if it is."""
 
     key: str
-    elements: int
+    shape: tuple[int, ...]
     element_size: int
     bypass: str = ""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass
