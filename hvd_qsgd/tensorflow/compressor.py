@@ -222,19 +222,20 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     def _make_plan(self, site: CallSite, entries: Sequence[Entry]) -> Plan:
         compressed = [entry for entry in entries if not entry.bypass]
         exchange = choose_exchange(self.exchange, self.codec, site.process_set.size())
-        if compressed:
-            name = str(entries[0].key)
-            if site.variables is not None:
-                name = str(self._gradient_plans)
-                self._gradient_plans += 1
+        name = entries[0].key
+        if site.variables is not None:
+            name = str(self._gradient_plans)
+            self._gradient_plans += 1
+        # What Horovod reduces needs no agreement, but of gradients a rank may compress some and another one none.
+        if compressed or site.variables is not None:
             self._agree(f"settings.{name}", compressed, site.process_set)
-            if self.exchange == AUTO:
-                decision = self._decide(site.process_set, compressed)
-                self._stats.decisions[name] = str(decision)
-                exchange = decision.exchange
-                if exchange == UNCOMPRESSED:
-                    reason = f'exchange="auto": {decision}'
-                    entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
+        if compressed and self.exchange == AUTO:
+            decision = self._decide(site.process_set, compressed)
+            self._stats.decisions[name] = str(decision)
+            exchange = decision.exchange
+            if exchange == UNCOMPRESSED:
+                reason = f'exchange="auto": {decision}'
+                entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
         return Plan(self, entries, site.process_set, exchange)
 
     def _agree(self, name: str, compressed: Sequence[Entry], process_set: Any) -> None:
