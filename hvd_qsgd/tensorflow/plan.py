@@ -28,6 +28,7 @@ from hvd_qsgd.exchanges.base import Steps
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.random_words import stream_of
+from hvd_qsgd.tensorflow.floats import with_subnormals
 
 if TYPE_CHECKING:
     from hvd_qsgd.tensorflow.compressor import Compressor
@@ -215,6 +216,7 @@ class Plan:
             self._runs[token] = Run({i: Passage() for i in self.compressed})
         return np.int64(token)
 
+    @with_subnormals
     def _start(self, number: int, token: np.int64, *tensors: np.ndarray) -> list[Any]:
         run, bundle = self._runs[int(token)], self._bundles[number]
         pieces = []
@@ -259,6 +261,7 @@ class Plan:
             out = aligned_empty(entry.elements, "float32")
         passage.out = out
 
+    @with_subnormals
     def _resume(self, number: int, phase: str, token: np.int64, *outputs: np.ndarray) -> list[Any]:
         _, steps = self._runs[int(token)].flights[number]
         try:
@@ -267,6 +270,7 @@ class Plan:
             self._bundles[number].release_buffers()
             return [token]
 
+    @with_subnormals
     def _land(self, index: int, token: np.int64, carrier: np.ndarray, *_: Any) -> np.ndarray:
         run = self._runs[int(token)]
         passage = run.passages.pop(index)

@@ -202,6 +202,15 @@ def test_what_is_not_finite_spoils_its_bucket_on_all_ranks(exchange: str, value:
     assert_equal(result, REFERENCES[exchange](QSGD(), gather(x), "x", 0))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exchange", REFERENCES)
+def test_subnormal_numbers(exchange: str, mode: Callable[..., Any]) -> None:
+    """TensorFlow takes them for zero in its threads."""
+    x = normal(SHAPE) * np.float32(1e-40)
+    assert np.any(reference_allgather(QSGD(), gather(x), "x", 0))
+    check(QSGDCompressor(exchange=exchange), exchange, x, "x", range(1), mode)
+
+
 def test_sparse_selection_that_is_not_finite_spoils_its_tensor() -> None:
     x = normal(SHAPE)
     if hvd.rank() == 0:

@@ -78,17 +78,17 @@ def test_backward_passes_per_step(average: bool) -> None:
     optimizer = DistributedOptimizer(
         keras.optimizers.SGD(LR),
         compression=QSGDCompressor(),
-        backward_passes_per_step=3,
+        backward_passes_per_step=4,
         average_aggregated_gradients=average,
     )
     apply = tf.function(lambda grad: optimizer.apply_gradients([(grad, variable)]))
     expected = np.zeros((40, 50), np.float32)
     for step in range(2):
-        raw = [dyadic((40, 50), 10 * step + i) for i in range(3)]
+        raw = [dyadic((40, 50), 10 * step + i) for i in range(4)]
         for grad in raw:
             assert_equal(variable.value, expected)
             apply(tf.constant(grad))
-        total = np.sum(raw, axis=0) / np.float32(3 if average else 1)
+        total = np.sum(raw, axis=0) / np.float32(4 if average else 1)
         mean = REFERENCES[by_ranks(QSGD())](QSGD(), gather(total), "w", step)
         expected = expected - np.float32(LR) * mean
     assert_equal(variable.value, expected)

@@ -37,11 +37,15 @@ def test_what_is_applied(wrap: Any, settings: dict[str, Any]) -> None:
     variables = [tf.Variable(tf.zeros((40, 50)), name="w"), tf.Variable(tf.zeros(50), name="b")]
     compressor = QSGDCompressor(exchange="allgather")
     optimizer = wrap(tf_keras.optimizers.legacy.SGD(LR), compression=compressor, **settings)
-    apply = tf.function(lambda *grads: optimizer.apply_gradients(zip(grads, variables)))
+
+    @tf.function
+    def train(*raw: tf.Tensor) -> None:
+        optimizer.minimize(lambda: tf.add_n([tf.reduce_sum(v * g) for v, g in zip(variables, raw)]), variables)
+
     expected = [np.zeros(v.shape, np.float32) for v in variables]
     for step in range(2):
         raw = [dyadic(v.shape, 10 * step + i) for i, v in enumerate(variables)]
-        apply(*map(tf.constant, raw))
+        train(*map(tf.constant, raw))
         means = [reference_allgather(QSGD(), gather(raw[0]), "w", step), np.mean(gather(raw[1]), axis=0)]
         expected = [value - np.float32(LR) * mean for value, mean in zip(expected, means, strict=True)]
         for variable, value in zip(variables, expected, strict=True):
@@ -57,10 +61,8 @@ def test_fit(optimizer: str, compression: Any, settings: dict[str, Any]) -> None
     model = make_model()
     model.compile(hvd_keras.DistributedOptimizer(make(1e-3), compression=compression, **settings), "mse")
     x, y = make_data()
-    callbacks = [
-        hvd_keras.callbacks.BroadcastGlobalVariablesCallback(0),
-        hvd_keras.callbacks.MetricAverageCallback(),
-    ]
+    # Horovod's MetricAverageCallback asks the package keras for what only Keras 2 has.
+    callbacks = [hvd_keras.callbacks.BroadcastGlobalVariablesCallback(0)]
     compression.reset()
     history = model.fit(x, y, batch_size=32, epochs=6, verbose=0, callbacks=callbacks).history
     assert history["loss"][-1] < 0.7 * history["loss"][0]
@@ -78,7 +80,7 @@ def test_backward_passes_per_step() -> None:
         raw = [dyadic((40, 50), 10 * step + i) for i in range(3)]
         for grad in raw:
             assert_equal(variable, expected)
-            optimizer.apply_gradients([(tf.constant(grad), variable)])
+            optimizer.minimize(lambda grad=grad: tf.reduce_sum(variable * grad), [variable])
         mean = REFERENCES[by_ranks(QSGD())](QSGD(), gather(np.sum(raw, axis=0)), "w", step)
         expected = expected - np.float32(LR) * mean
     assert_equal(variable, expected)
