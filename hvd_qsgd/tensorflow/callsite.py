@@ -79,24 +79,33 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
         )
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     grouped = function == "grouped_allreduce"
-    if grouped:
-        marker = caller["tensors"]
-        tensors = [member for member in marker if not isinstance(member, tf.IndexedSlices)]
-    else:
-        marker, tensors = tensor, [tensor]
+    marker = caller["tensors"] if grouped else tensor
+    members = list(marker) if grouped else [tensor]
     names: list[str | None] = [caller["name"] and (f"{caller['name']}.{i}" if grouped else caller["name"])
-                               for i in range(len(tensors))]  # fmt: skip
-    variables = None
+                               for i in range(len(members))]  # fmt: skip
+    variables: list[Any] | None = None
     if "allreduce_grads" in frames:
         gradients = frames["allreduce_grads"].f_locals
-        if not grouped and not _elastic():
+        if grouped:
+            variables = [gradients["vars"][i] for i in gradients["index_group"]]
+        elif _elastic():
+            variables = [next(v for grad, v in zip(gradients["grads"], gradients["vars"]) if grad is tensor)]
+        else:
             # Each gradient is handed in inside of a tf.cond of its own; together they are at hand outside of it.
             marker = gradients["grads"]
-            tensors = [grad for grad in marker if isinstance(grad, tf.Tensor)]
+            members, variables = list(marker), list(gradients["vars"])
             graph = graph and graph.outer_graph
-        variables = [_variable_of(member, gradients) for member in tensors]
         names = [variable.name.partition(":")[0] for variable in variables]
-    return CallSite(caller["process_set"], tensors, names, variables, graph, grouped, marker)
+    dense = [i for i, member in enumerate(members) if isinstance(member, tf.Tensor)]
+    return CallSite(
+        process_set=caller["process_set"],
+        tensors=[members[i] for i in dense],
+        names=[names[i] for i in dense],
+        variables=variables and [variables[i] for i in dense],
+        graph=graph,
+        grouped=grouped,
+        marker=marker,
+    )
 
 
 def _horovod_frames() -> Iterator[tuple[str, FrameType]]:
@@ -114,10 +123,6 @@ def _horovod_frames() -> Iterator[tuple[str, FrameType]]:
             if name == "allreduce_grads":
                 return
         frame = frame.f_back
-
-
-def _variable_of(tensor: tf.Tensor, gradients: dict[str, Any]) -> Any:
-    return next(variable for grad, variable in zip(gradients["grads"], gradients["vars"]) if grad is tensor)
 
 
 def _elastic() -> bool:

@@ -167,6 +167,24 @@ def test_two_models_in_one_function() -> None:
     assert len(compressor.state_dict()["residuals"]) == 6
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("settings", [{}, {"groups": 1}, {"groups": 2}], ids=str)
+def test_variables_that_share_a_gradient(settings: dict[str, Any], mode: Callable[..., Any]) -> None:
+    """It may be the same tensor; still each has a residual of its own."""
+    variables = [tf.Variable(tf.zeros((40, 50)), name="w") for _ in range(2)]
+    compressor = TopKCompressor(0.1)
+
+    def step(raw: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((variables[0] + variables[1]) * raw)
+        return hvd.DistributedGradientTape(tape, compression=compressor, **settings).gradient(loss, variables)
+
+    raw = normal((40, 50))
+    for result, name in zip(mode(step)(tf.constant(raw)), ["w", "w.1"], strict=True):
+        assert_equal(result, reference_allgather(TopK(0.1), gather(raw), name, 0))
+    assert set(compressor.state_dict()["residuals"]) == {"w", "w.1"}
+
+
 def test_a_loop_inside_the_graph() -> None:
     variable = tf.Variable(tf.zeros((40, 50)), name="w")
     compressor = TopKCompressor(0.01)
