@@ -56,7 +56,9 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
     Raises:
         UnsupportedError: the caller is no Horovod function, or one whose operation is not linear.
     """
-    frames = {name: frame for name, frame in _horovod_frames()}
+    stack = list(_horovod_frames())
+    # Of frames with one name the innermost.
+    frames = dict(reversed(stack))
     if any(name in frames for name in REFUSED):
         raise UnsupportedError(
             "hvd.reducescatter cannot be combined with this compression: each rank would need another part of the "
@@ -87,7 +89,9 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
     if "allreduce_grads" in frames:
         gradients = frames["allreduce_grads"].f_locals
         if grouped:
-            variables = [gradients["vars"][i] for i in gradients["index_group"]]
+            # Autograph moves the body of a loop, and what is assigned there, into a function.
+            groups = (frame.f_locals.get("index_group") for _, frame in stack)
+            variables = [gradients["vars"][i] for i in next(group for group in groups if isinstance(group, list))]
         elif _elastic():
             variables = [next(v for grad, v in zip(gradients["grads"], gradients["vars"]) if grad is tensor)]
         else:
@@ -109,17 +113,14 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
 
 
 def _horovod_frames() -> Iterator[tuple[str, FrameType]]:
-    """Functions of horovod.tensorflow above, the innermost first and each name once."""
+    """Functions of horovod.tensorflow above, the innermost first, with their names."""
     frame: FrameType | None = sys._getframe(2)
-    seen: set[str] = set()
     for _ in range(DEPTH):
         if frame is None:
             return
         if frame.f_globals is vars(hvd):
             name = frame.f_code.co_name.removeprefix("tf__")
-            if name not in seen:
-                seen.add(name)
-                yield name, frame
+            yield name, frame
             if name == "allreduce_grads":
                 return
         frame = frame.f_back

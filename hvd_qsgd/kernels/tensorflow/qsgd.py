@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
 from hvd_qsgd.codecs.bits import planes_size
@@ -62,16 +63,16 @@ class QSGDKernels(TensorFlowKernels):
         codec = self.codec
         at = 4 * codec.buckets(length)
         all_scales = values_of(payload[:at], tf.float32)
+        # A table, because XLA takes products of three factors in an order of its own. The last code is not used.
+        codes = np.arange(-codec.levels, codec.levels + 2, dtype=np.float32)
+        table = codes * (np.float32(1) / np.float32(codec.levels))
         parts = [tf.zeros(0, tf.float32)]
         for rows, bucket in self._rows(tf.zeros(length)):
             count, width = rows.shape
             stride = planes_size(width, codec.bits)
             packed = tf.reshape(payload[at : at + count * stride], [count, stride])
-            levels = unpack_planes(packed, width, codec.bits) - codec.levels
-            # Divided at run time: XLA would multiply by a reciprocal of its own.
-            unit = tf.constant(1.0) / tf.constant(float(codec.levels))
-            values = all_scales[bucket : bucket + count, None] * (tf.cast(levels, tf.float32) * unit)
-            parts.append(tf.reshape(values, [-1]))
+            multiples = tf.gather(tf.constant(table), unpack_planes(packed, width, codec.bits))
+            parts.append(tf.reshape(all_scales[bucket : bucket + count, None] * multiples, [-1]))
             at += count * stride
         return tf.concat(parts, axis=0)
 
