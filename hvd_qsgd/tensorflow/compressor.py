@@ -26,7 +26,7 @@ from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
-from hvd_qsgd.cost import UNCOMPRESSED, Decision, decide, measure_costs
+from hvd_qsgd.cost import UNCOMPRESSED, Costs, Decision, decide, measure_costs
 from hvd_qsgd.engine import run_exchange
 from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.exchanges import AUTO, choose_exchange
@@ -97,6 +97,8 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0
         self._call: Call | None = None
+        #: Of exchange="auto", by process set and number of ranks.
+        self._costs: dict[tuple[int, int], Costs] = {}
 
     # -- Horovod's interface ----------------------------------------------------------------
 
@@ -239,18 +241,22 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         return Plan(self, entries, site.process_set, exchange)
 
     def _agree(self, name: str, compressed: Sequence[Entry], process_set: Any) -> None:
-        """All ranks trace the same: a good time to compare settings, before any result."""
+        """Compare settings: all ranks trace the same, so they meet here before any result."""
         settings = self._settings(compressed)
         request = AllGather(f"set{process_set.process_set_id}.{name}", settings_message(settings))
         check_settings(settings, HorovodCollectives(process_set).start(request).result())
 
     def _decide(self, process_set: Any, compressed: Sequence[Entry]) -> Decision:
+        """Choose an exchange, with nothing else on the network while the graph is traced."""
         collectives = HorovodCollectives(process_set)
-        name = f"set{process_set.process_set_id}.costs"
-        kernels = kernels_for(self.codec, "numba")
-        costs = run_exchange(measure_costs(kernels, collectives.ranks, aligned_empty, name), collectives)
+        key = (process_set.process_set_id, collectives.ranks)
+        if key not in self._costs:
+            steps = measure_costs(
+                kernels_for(self.codec, "numba"), collectives.ranks, aligned_empty, f"set{key[0]}.costs"
+            )
+            self._costs[key] = run_exchange(steps, collectives)
         elements = sum(entry.elements for entry in compressed)
-        return decide(costs, self.codec, elements, collectives.ranks, -(-elements // self.fusion_elements))
+        return decide(self._costs[key], self.codec, elements, collectives.ranks, -(-elements // self.fusion_elements))
 
 
 @tf.custom_gradient
