@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -11,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from hvd_qsgd.errors import ConfigError, UnsupportedError
+from hvd_qsgd.tensorflow.callsite import check_not_compiled
 
 
 def DistributedOptimizer(  # noqa: N802  (Horovod's name)
@@ -80,6 +82,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
         def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
             _check_caller(self)
+            check_not_compiled()
             variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
             if not self.built:
                 with tf.init_scope():
@@ -117,8 +120,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
 
 def _check_caller(optimizer: Any) -> None:
-    """Refuse surroundings in which ranks would wait for each other for ever, or that cannot be compiled."""
-    frame = sys._getframe(2)
+    """Refuse surroundings in which ranks would wait for each other for ever."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, keras.optimizers.LossScaleOptimizer) and caller is not optimizer:
@@ -128,9 +131,4 @@ def _check_caller(optimizer: Any) -> None:
                 "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer)). (With the mixed_float16 policy "
                 "model.compile() wraps whatever is not a LossScaleOptimizer.)"
             )
-        if getattr(caller, "_jit_compile", None) is True:
-            raise UnsupportedError(
-                "XLA is to compile the training step, which it cannot do with exchanges between ranks. "
-                "Pass jit_compile=False to model.compile() (or to tf.function)."
-            )
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back

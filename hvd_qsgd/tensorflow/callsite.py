@@ -126,6 +126,18 @@ def _horovod_frames() -> Iterator[tuple[str, FrameType]]:
         frame = frame.f_back
 
 
+def check_not_compiled() -> None:
+    """Raise UnsupportedError if the graph that is traced is for XLA, which can compile no exchange between ranks."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if getattr(frame.f_locals.get("self"), "_jit_compile", None) is True:
+            raise UnsupportedError(
+                "XLA is to compile a function that exchanges tensors between ranks, which it cannot. "
+                "Pass jit_compile=False to tf.function or to model.compile()."
+            )
+        frame = frame.f_back
+
+
 def _elastic() -> bool:
     """Whether Horovod asks for the number of ranks anew in each step."""
     return bool(int(os.environ.get("HOROVOD_ELASTIC", "0")))

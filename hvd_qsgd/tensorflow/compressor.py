@@ -32,7 +32,7 @@ from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.exchanges import AUTO, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.kernels import kernels_for
-from hvd_qsgd.tensorflow.callsite import CallSite, find_call_site
+from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site
 from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan, aligned_empty
 
 
@@ -222,6 +222,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         return Entry(key, dims, tensor.dtype.size, reason)
 
     def _make_plan(self, site: CallSite, entries: Sequence[Entry]) -> Plan:
+        check_not_compiled()
         compressed = [entry for entry in entries if not entry.bypass]
         exchange = choose_exchange(self.exchange, self.codec, site.process_set.size())
         name = entries[0].key

@@ -53,6 +53,14 @@ def test_a_gradient_through_the_exchange(mode: Callable[..., Any]) -> None:
         mode(step)()
 
 
+def test_xla() -> None:
+    x = tf.constant(normal(SHAPE))
+    with pytest.raises(UnsupportedError, match="jit_compile=False"):
+        tf.function(lambda x: hvd.allreduce(x, name="x", compression=QSGDCompressor()), jit_compile=True)(x)
+    with pytest.raises(UnsupportedError, match="jit_compile=False"):
+        tf.function(gradients_of([tf.Variable(x, name="w")], QSGDCompressor()), jit_compile=True)(x)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_error_feedback_without_a_name(mode: Callable[..., Any]) -> None:
     x = tf.constant(dyadic(SHAPE))

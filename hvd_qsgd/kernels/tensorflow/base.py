@@ -34,7 +34,7 @@ class TensorFlowKernels(Kernels):
 
         Args:
             key: uint32 of shape (2,): the low and the high half of the key.
-            first: uint32: see :meth:`Kernels.encode_into`.
+            first: int64: see :meth:`Kernels.encode_into`.
         """
 
     @abstractmethod
@@ -53,7 +53,7 @@ class TensorFlowKernels(Kernels):
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         halves = tf.constant([key & MASK32, key >> 32], tf.uint32)
-        payload = self.compiled_encode(tf.constant(x), halves, tf.constant(first & MASK32, tf.uint32)).numpy()
+        payload = self.compiled_encode(tf.constant(x), halves, tf.constant(first, tf.int64)).numpy()
         self.codec.check_room(out, len(payload))
         out[: len(payload)] = payload
         return len(payload)

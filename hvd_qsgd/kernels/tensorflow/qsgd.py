@@ -50,11 +50,11 @@ class QSGDKernels(TensorFlowKernels):
 
     def encode(self, x: tf.Tensor, key: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
         size = self.codec.bucket_size
-        start = first // tf.constant(size, tf.uint32)
+        start = first // size
         all_scales, all_codes = [], []
         for rows, bucket in self._rows(x):
             scales = self._scales(rows)
-            levels = self._levels(rows, scales, key, start + tf.constant(bucket, tf.uint32))
+            levels = self._levels(rows, scales, key, start + bucket)
             all_scales.append(bytes_of(scales))
             all_codes.append(tf.reshape(pack_planes(levels + self.codec.levels, self.codec.bits), [-1]))
         return tf.concat([tf.zeros(0, tf.uint8), *all_scales, *all_codes], axis=0)
@@ -106,7 +106,8 @@ class QSGDKernels(TensorFlowKernels):
         if self.codec.rounding == "nearest":
             return tf.fill([count, length], 1 << (FRACTION_BITS - 1))
         per_bucket = self.codec.bucket_size // 2
-        drawn = words(key, bucket * tf.constant(per_bucket, tf.uint32), count * per_bucket)
+        start = tf.cast(tf.bitwise.bitwise_and(bucket * per_bucket, 0xFFFFFFFF), tf.uint32)
+        drawn = words(key, start, count * per_bucket)
         drawn = tf.reshape(drawn, [count, per_bucket])[:, : -(-length // 2)]
         low = tf.bitwise.bitwise_and(drawn, tf.constant(0xFFFF, tf.uint32))
         pairs = tf.concat([low, shift_right(drawn, tf.constant(16, tf.uint32))], axis=1)
