@@ -275,7 +275,8 @@ class Plan:
         run = self._runs[int(token)]
         passage = run.passages.pop(index)
         if not run.passages:
-            del self._runs[int(token)]
+            # Tensors land in several threads, and two of them may find that they were the last.
+            self._runs.pop(int(token), None)
         entry = self.entries[index]
         record = self._compressor._record(entry.key, entry.elements, entry.element_size, self._ranks)
         for piece, job in passage.pieces:
