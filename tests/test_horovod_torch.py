@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch import Outcome, compile_kernels, launch, launch_pytest
+from launch import Outcome, check, compile_kernels, launch, launch_pytest
 
 INNER = Path(__file__).resolve().parent / "horovod_torch"
 #: These leave Horovod unfit for the tests that follow, and have a job of their own.
@@ -20,15 +20,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     compile_kernels()
-
-
-def check(outcome: Outcome, ranks: int) -> None:
-    """All ranks ran the same number of tests, more than none, and all of them passed."""
-    assert outcome.status == 0, outcome.output
-    assert len(outcome.reports) == ranks, outcome.output
-    collected = {report["collected"] for report in outcome.reports}
-    assert len(collected) == 1 and collected != {0}, outcome.reports
-    assert all(report["passed"] == report["collected"] for report in outcome.reports), outcome.reports
 
 
 @pytest.mark.timeout(900)

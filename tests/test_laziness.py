@@ -13,6 +13,8 @@ HEAVY = ("horovod", "keras", "mpi4py", "numba", "tensorflow", "tf_keras", "torch
 #: Everything that may be imported without a framework.
 LIGHT = [
     "hvd_qsgd",
+    "hvd_qsgd.agreement",
+    "hvd_qsgd.buffers",
     "hvd_qsgd.codecs",
     "hvd_qsgd.collectives.simulated",
     "hvd_qsgd.engine",
@@ -86,3 +88,11 @@ def test_the_torch_package_loads_no_other_framework() -> None:
     assert {"torch", "horovod"} <= ours
     assert ours - theirs == set()
     assert not ours & {"tensorflow", "keras", "tf_keras", "mpi4py"}
+
+
+def test_the_tensorflow_package_loads_no_torch() -> None:
+    pytest.importorskip("horovod")
+    pytest.importorskip("tensorflow")
+    loaded = loaded_by("import hvd_qsgd.tensorflow, hvd_qsgd.keras, hvd_qsgd.kernels.tensorflow")
+    assert {"tensorflow", "keras", "horovod"} <= loaded
+    assert not loaded & {"torch", "tf_keras", "mpi4py"}

@@ -85,10 +85,15 @@ class TopK(Codec):
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         magnitudes = x.view(np.uint32) & ABS_MASK
-        if x.size and magnitudes.max() >= INFINITY_BITS:
+        finite = not x.size or bool(magnitudes.max() < INFINITY_BITS)
+        positions = largest_positions(magnitudes, min(self.kept(x.size), int(np.count_nonzero(magnitudes))))
+        return self.pack_into(x, positions, finite, out)
+
+    def pack_into(self, x: np.ndarray, positions: np.ndarray, finite: bool, out: np.ndarray) -> int:
+        """Write the payload that keeps the values at ``positions``, and return its size."""
+        if not finite:
             out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
             return HEADER.size
-        positions = largest_positions(magnitudes, min(self.kept(x.size), int(np.count_nonzero(magnitudes))))
         form, low_bits = smallest_form(x.size, len(positions))
         parts = [
             np.frombuffer(HEADER.pack(form, low_bits, len(positions)), np.uint8),

@@ -47,4 +47,4 @@ def work(codec: Codec, length: int, ranks: int) -> Work:
     return Work({"allgather": sent}, encoded=length, decoded=ranks * length)
 
 
-ALLGATHER = Exchange(allgather, work)
+ALLGATHER = Exchange(allgather, work, ("allgather",))

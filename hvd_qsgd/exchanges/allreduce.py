@@ -84,4 +84,4 @@ def work(codec: Any, length: int, ranks: int) -> Work:
     return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * words}, lanes=length, agreements=1)
 
 
-ALLREDUCE = Exchange(allreduce, work)
+ALLREDUCE = Exchange(allreduce, work, ("max", "sum"))

@@ -51,6 +51,13 @@ class AllReduce:
 
 
 Request = Union[AllGather, AllToAll, AllReduce]
+
+
+def phase_of(request: Request) -> str:
+    """What a request is called in :attr:`Exchange.phases`."""
+    return request.op if isinstance(request, AllReduce) else type(request).__name__.lower()
+
+
 Steps = Generator[Request, Any, None]
 
 
@@ -213,6 +220,9 @@ class Exchange:
     steps: Callable[[Job], Steps]
     #: Of a codec, a number of elements and a number of ranks.
     work: Callable[[Codec, int, int], Work]
+    #: The collectives that it yields, in order, for frameworks that build their graph beforehand: "allgather",
+    #: "alltoall", "max" and "sum".
+    phases: tuple[str, ...]
 
     def __call__(self, job: Job) -> Steps:
         return self.steps(job)

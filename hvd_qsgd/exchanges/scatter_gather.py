@@ -86,4 +86,4 @@ def work(codec: Codec, length: int, ranks: int) -> Work:
     return Work({"alltoall": sent, "allgather": sent}, encoded=length * (1 + 1 / ranks), decoded=2 * length)
 
 
-SCATTER_GATHER = Exchange(scatter_gather, work)
+SCATTER_GATHER = Exchange(scatter_gather, work, ("alltoall", "allgather"))

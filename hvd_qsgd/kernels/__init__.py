@@ -26,6 +26,12 @@ KERNELS: dict[str, dict[str, str]] = {
         "identity": "hvd_qsgd.kernels.torch.plain:IdentityKernels",
         "cast": "hvd_qsgd.kernels.torch.plain:CastKernels",
     },
+    "tensorflow": {
+        "qsgd": "hvd_qsgd.kernels.tensorflow.qsgd:QSGDKernels",
+        "topk": "hvd_qsgd.kernels.tensorflow.topk:TopKKernels",
+        "identity": "hvd_qsgd.kernels.tensorflow.plain:IdentityKernels",
+        "cast": "hvd_qsgd.kernels.tensorflow.plain:CastKernels",
+    },
 }
 #: Backends whose arrays are NumPy arrays, so that the specification can stand in.
 NUMPY_ARRAYS = ("numpy", "numba")
@@ -33,7 +39,8 @@ NUMPY_ARRAYS = ("numpy", "numba")
 
 @functools.cache
 def kernels_for(codec: Codec, backend: str) -> Kernels:
-    """The kernels of a codec on a backend: "numpy", "numba" (CPU) or "torch" (any torch device).
+    """The kernels of a codec on a backend: "numpy", "numba" (CPU), "torch" (any torch device) or
+    "tensorflow" (compiled by XLA, over NumPy arrays).
 
     Raises:
         ConfigError: no such backend, or it has no kernels for this codec.

@@ -9,43 +9,21 @@ Average, the number of ranks under Sum, and includes whatever scaling Horovod ap
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any
 
 import torch
-from typing_extensions import Concatenate, ParamSpec
 
-from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK
-from hvd_qsgd.codecs.base import check_integer
+from hvd_qsgd.codecs import Codec
+from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
-from hvd_qsgd.errors import ConfigError, UnsupportedError
-from hvd_qsgd.exchanges import AUTO, BY_RANKS, Piece, check_exchange
-from hvd_qsgd.feedback import ErrorFeedback, check_feedback
+from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.random_words import stream_of
-from hvd_qsgd.stats import Stats, TensorStats
 from hvd_qsgd.torch.auto import Advisor, Rehearsal
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
-    """A method that, called on the class, runs on the class's default instance.
-
-    Horovod's own compressors are classes with static methods; ours can be passed the same
-    way, ``compression=QSGDCompressor``, or as an instance with settings.
-    """
-
-    def __init__(self, function: Callable[Concatenate[Any, P], R]) -> None:
-        self._function = function
-        self.__doc__ = function.__doc__
-
-    def __get__(self, instance: Compressor | None, owner: type[Compressor]) -> Callable[P, R]:
-        return self._function.__get__(instance if instance is not None else owner.default())
 
 
 @dataclass
@@ -92,75 +70,25 @@ class OptimizerState:
     decision: Decision | None = None
 
 
-class Compressor:
+class Compressor(CompressorBase):
     """Horovod's compress/decompress interface around a codec.
 
     Use it as ``compression=`` of ``hvd.DistributedOptimizer``, ``hvd.allreduce`` or
     ``hvd.grouped_allreduce``; both the class (all defaults) and an instance work.
-
-    Args:
-        codec: what is sent.
-        exchange: how it travels: "allgather", "scatter_gather" or "allreduce"; "by_ranks": the first
-            for up to three ranks, else the second; "auto": the fastest for this network and machine, by
-            a short measurement in the first two steps (which are not compressed), or no compression
-            if that would not be faster; see ``stats().decisions``.
-        error_feedback: add what was lost to the next gradient; by default on for biased codecs.
-        min_elements: tensors with fewer elements go through Horovod's own allreduce.
-        min_dims: so do tensors with fewer dimensions (biases, norms).
-        seed: of the random rounding; the same seed gives the same run.
-        fusion_elements: about how many elements travel in one exchange.
-
-    Raises:
-        ConfigError: a value is out of range, or error feedback would diverge around this codec.
+    The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`; with ``exchange="auto"`` the
+    first two steps of an optimizer are not compressed, because they end with the measurement.
     """
 
-    _default: ClassVar[Compressor | None] = None
+    framework = "torch"
 
-    def __init__(
-        self,
-        codec: Codec,
-        *,
-        exchange: str = BY_RANKS,
-        error_feedback: bool | None = None,
-        min_elements: int = 1024,
-        min_dims: int = 2,
-        seed: int = 0,
-        fusion_elements: int = 1 << 20,
-    ) -> None:
-        name = type(self).__name__
-        check_exchange(exchange, codec)
-        check_integer(name, "min_elements", min_elements, 0, 2**62)
-        check_integer(name, "min_dims", min_dims, 0, 64)
-        check_integer(name, "seed", seed, 0, 2**64 - 1)
-        check_integer(name, "fusion_elements", fusion_elements, 1, 2**40)
-        self.codec = codec
-        self.exchange = exchange
-        self.error_feedback = codec.biased if error_feedback is None else error_feedback
-        if self.error_feedback:
-            check_feedback(codec)
-        self.min_elements = min_elements
-        self.min_dims = min_dims
-        self.seed = seed
-        self.fusion_elements = fusion_elements
-        self._feedback = ErrorFeedback()
-        self._stats = Stats()
-        self._steps: dict[str, int] = {}
+    def __init__(self, codec: Codec, **settings: Any) -> None:
+        super().__init__(codec, **settings)
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
         self._advisor = Advisor(codec)
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
         self._single: dict[tuple[Any, ...], list[tuple[Slice, Bundle]]] = {}
-
-    @classmethod
-    def default(cls) -> Compressor:
-        """The instance that stands behind the class when it is used without settings."""
-        if "_default" not in cls.__dict__ or cls._default is None:
-            cls._default = cls()  # type: ignore[call-arg]
-        return cls._default
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.codec}, exchange={self.exchange!r}, error_feedback={self.error_feedback})"
 
     # -- Horovod's interface ----------------------------------------------------------------
 
@@ -199,7 +127,7 @@ class Compressor:
             )
         context = self._context(site, key, tensor)
         bundles = self._bundles(site, tensor) if state is None else state.bundles[site.name]
-        step = self._steps[key] = self._steps.get(key, -1) + 1
+        step = self._next_step(key)
         source = context.corrected if context.corrected is not None else array_of(tensor)
         stream = stream_of(self.seed, bundles[0][1].collectives.rank, key)
         for part, bundle in bundles:
@@ -239,7 +167,8 @@ class Compressor:
             return result if context.dtype is None else result.to(context.dtype)
         if context.site.optimizer is not None:
             self._settled(self._optimizers[context.site.optimizer])
-        record = self._record(context.key, context.tensor, context.flights[0][1].bundle.collectives.ranks)
+        ranks = context.flights[0][1].bundle.collectives.ranks
+        record = self._record(context.key, context.tensor.numel(), context.tensor.element_size(), ranks)
         for part, flight in context.flights:
             job = flight.wait()
             piece = flight.pieces[part]
@@ -247,52 +176,19 @@ class Compressor:
             record.payload_bytes += piece.payload_bytes
             record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
         if context.corrected is not None:
-            # A step whose gradient is not finite will be skipped: what was fed back must not be lost with it.
-            settle = self._feedback.keep if job.kernels.all_finite(context.out) else self._feedback.discard
-            settle(context.key, context.corrected)
+            self._settle(context.key, context.corrected, context.out, job.kernels)
         mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
         if mean.data_ptr() == context.tensor.data_ptr():
             return scaled(context.tensor, tensor)
         return scaled(mean, tensor).to(context.tensor.dtype).view(context.tensor.shape)
 
-    # -- what users ask --------------------------------------------------------------------
+    @staticmethod
+    def _saved(residual: Any) -> Any:
+        return torch.as_tensor(residual).clone()
 
-    @class_or_instance
-    def stats(self) -> Stats:
-        """What this rank compressed and sent, by tensor and in total."""
-        return self._stats
-
-    @class_or_instance
-    def reset(self) -> None:
-        """Forget statistics, residuals and random steps."""
-        self._stats = Stats()
-        self._feedback.replace({})
-        self._steps.clear()
-
-    @class_or_instance
-    def state_dict(self) -> dict[str, Any]:
-        """Residuals and random steps **of this rank**.
-
-        Every rank has its own residuals: save this on every rank, not on rank 0 alone, and
-        load on each rank what that rank saved.
-        """
-        residuals = {name: torch.as_tensor(value).clone() for name, value in self._feedback.residuals.items()}
-        return {"version": 1, "config": self.codec.config(), "residuals": residuals, "steps": dict(self._steps)}
-
-    @class_or_instance
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict` of the same rank.
-
-        Raises:
-            ConfigError: it was saved with another codec or version.
-        """
-        if state.get("version") != 1 or state.get("config") != self.codec.config():
-            raise ConfigError(
-                f"The state was saved by version {state.get('version')} with {state.get('config')}, and this "
-                f"compressor is version 1 with {self.codec.config()}. Use the settings of the saved run."
-            )
-        self._feedback.replace({name: array_of(value.clone()) for name, value in state["residuals"].items()})
-        self._steps = dict(state["steps"])
+    @staticmethod
+    def _loaded(value: Any) -> Any:
+        return array_of(value.clone())
 
     # -- parts of compress ------------------------------------------------------------------
 
@@ -312,7 +208,7 @@ class Compressor:
         """Gradients come back: by now all ranks have said what their settings are."""
         state.fresh = False
         if state.agreement is not None:
-            state.agreement.check(self)
+            state.agreement.check()
             state.agreement = None
 
     def _plan(self, site: CallSite, exchange: str) -> dict[str, list[tuple[Slice, Bundle]]]:
@@ -334,16 +230,12 @@ class Compressor:
         key = self._single_key(site, tensor)
         if key not in self._single:
             # Everybody is in the same call here, so the answer can be awaited at once.
-            Agreement(f"settings.{site.name}", self._settings([site.name]), site.process_set).check(self)
+            Agreement(f"settings.{site.name}", self._settings([site.name]), site.process_set).check()
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
             exchange = self._decisions[key].exchange if key in self._decisions else self.exchange
             self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set, exchange)
             self._single[key] = plan[site.name]
         return self._single[key]
-
-    def _settings(self, names: Iterable[str]) -> list[Any]:
-        """What must be equal on all ranks for their collectives to match."""
-        return [repr(self), self.fusion_elements, self.min_elements, self.min_dims, *names]
 
     def _add_bundles(
         self,
@@ -373,16 +265,10 @@ class Compressor:
         return False
 
     def _bypass_reason(self, tensor: torch.Tensor, process_set: Any) -> str:
-        """Why a tensor is left to Horovod, from what all ranks agree on; empty to compress it."""
-        if not tensor.dtype.is_floating_point:
-            return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not a floating-point type"
-        if tensor.dim() < self.min_dims:
-            return f"{tensor.dim()} dimensions are fewer than min_dims={self.min_dims}"
-        if tensor.numel() < max(self.min_elements, 1):
-            return f"{tensor.numel()} elements are fewer than min_elements={self.min_elements}"
-        if process_set.size() == 1:
-            return "there is one rank only"
-        return ""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return self._reason_to_bypass(
+            dtype, tensor.dtype.is_floating_point, tensor.dim(), tensor.numel(), process_set.size()
+        )
 
     # -- exchange="auto" --------------------------------------------------------------------
 
@@ -420,22 +306,11 @@ class Compressor:
         return (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
 
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
-        record = self._record(key, tensor, site.process_set.size())
-        record.bypassed = reason
-        record.payload_bytes += tensor.numel() * tensor.element_size()
-        record.wire_bytes = record.uncompressed_wire_bytes
+        self._record_bypassed(key, tensor.numel(), tensor.element_size(), site.process_set.size(), reason)
         if tensor.dtype == torch.bfloat16:
             # Horovod cannot reduce bfloat16.
             return tensor.to(torch.float32), Unchanged(None, torch.bfloat16)
         return tensor, None
-
-    def _record(self, key: str, tensor: torch.Tensor, ranks: int) -> TensorStats:
-        record = self._stats.tensors.setdefault(key, TensorStats(elements=tensor.numel()))
-        raw = tensor.numel() * tensor.element_size()
-        record.exchanges += 1
-        record.raw_bytes += raw
-        record.uncompressed_wire_bytes += 2 * (ranks - 1) / ranks * raw
-        return record
 
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
         corrected = self._feedback.correct(key, array_of(tensor)) if self.error_feedback else None
@@ -469,53 +344,17 @@ def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
     return mean if factor == 1.0 else mean.mul_(factor)
 
 
-class QSGDCompressor(Compressor):
-    """Quantization with unbiased rounding, 8 times fewer bytes at the default 4 bits.
-
-    Args:
-        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(
-        self,
-        bits: int = 4,
-        bucket_size: int = 512,
-        norm: str = "max",
-        rounding: str = "stochastic",
-        **settings: Any,
-    ) -> None:
-        super().__init__(QSGD(bits, bucket_size, norm, rounding), **settings)
+class QSGDCompressor(QSGDBase, Compressor):
+    __doc__ = QSGDBase.__doc__
 
 
-class TopKCompressor(Compressor):
-    """The largest values only, with error feedback.
-
-    Args:
-        ratio, k, values: see :class:`hvd_qsgd.TopK`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(
-        self, ratio: float | None = 0.01, k: int | None = None, values: str = "float32", **settings: Any
-    ) -> None:
-        super().__init__(TopK(ratio, k, values), **settings)
+class TopKCompressor(TopKBase, Compressor):
+    __doc__ = TopKBase.__doc__
 
 
-class IdentityCompressor(Compressor):
-    """Sends float32 through the same path as the others, for comparison."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(Identity(), **settings)
+class IdentityCompressor(IdentityBase, Compressor):
+    __doc__ = IdentityBase.__doc__
 
 
-class CastCompressor(Compressor):
-    """Sends float16 or bfloat16 and adds up in float32.
-
-    Args:
-        dtype: see :class:`hvd_qsgd.Cast`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(self, dtype: str = "float16", **settings: Any) -> None:
-        super().__init__(Cast(dtype), **settings)
+class CastCompressor(CastBase, Compressor):
+    __doc__ = CastBase.__doc__

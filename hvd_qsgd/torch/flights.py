@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from hvd_qsgd.agreement import check_settings, settings_message
+from hvd_qsgd.buffers import Buffers
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.engine import Engine, Task
@@ -36,50 +37,20 @@ def kernels_on(codec: Any, device: torch.device) -> Kernels:
 
 
 class Agreement:
-    """Whether all ranks have the same settings.
+    """Whether all ranks have the same settings: asked with the first gradient, answered before the first result."""
 
-    Ranks whose settings differ would wait for collectives that the others never start. The
-    question goes out with the first gradient, and the answer is read before the first result.
-    """
+    def __init__(self, name: str, settings: Mapping[str, Any], process_set: Any) -> None:
+        request = AllGather(f"set{process_set.process_set_id}.{name}", settings_message(settings))
+        self._settings = settings
+        self._handle = HorovodCollectives(process_set).start(request)
 
-    def __init__(self, name: str, settings: Any, process_set: Any) -> None:
-        digest = hashlib.blake2b(repr(settings).encode(), digest_size=8).digest()
-        collectives = HorovodCollectives(process_set)
-        request = AllGather(f"set{process_set.process_set_id}.{name}", np.frombuffer(digest, np.uint8).copy())
-        self._own = digest
-        self._handle = collectives.start(request)
-
-    def check(self, settings: Any) -> None:
+    def check(self) -> None:
         """Raise ExchangeError, on all ranks, if some rank has other settings than this one."""
-        digests = self._handle.result().reshape(-1, len(self._own))
-        others = [rank for rank, digest in enumerate(digests) if digest.tobytes() != self._own]
-        if others:
+        try:
+            check_settings(self._settings, self._handle.result())
+        except ExchangeError:
             ENGINE.abandon()
-            raise ExchangeError(
-                f"The ranks {others} have other compressor settings, or other parameters to compress, than this one, "
-                f"which has {settings}. All ranks must run the same model with the same compressor settings."
-            )
-
-
-class Buffers:
-    """The arrays that an exchange asks for, kept for the next exchange of the same bundle."""
-
-    def __init__(self, make: Callable[[int, str], Any]) -> None:
-        self._make = make
-        self._arrays: list[Any] = []
-        self._next = 0
-
-    def rewind(self) -> None:
-        """The next request gets the first array again."""
-        self._next = 0
-
-    def __call__(self, length: int, dtype: str) -> Any:
-        if self._next == len(self._arrays):
-            self._arrays.append(self._make(length, dtype))
-        elif len(self._arrays[self._next]) != length:
-            self._arrays[self._next] = self._make(length, dtype)
-        self._next += 1
-        return self._arrays[self._next - 1]
+            raise
 
 
 class Flight:

@@ -1,7 +1,4 @@
-"""What the tests inside the ranks share: references, and comparisons between ranks.
-
-References use the codecs' NumPy code and Horovod's plain allgather, nothing else of what they check.
-"""
+"""What the tests inside the ranks share: inputs, and comparisons between ranks."""
 
 from __future__ import annotations
 
@@ -10,14 +7,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
-import numpy as np
 import torch
+from expectations import REFERENCES, SHAPE, assert_equal, assert_within_a_level, reference_allgather
 
 from hvd_qsgd import Codec
-from hvd_qsgd.random_words import key_of, stream_of
 
-#: Not a multiple of any bucket size: 10 buckets of 512 and a tail, an odd number of elements.
-SHAPE = (71, 73)
+__all__ = ["REFERENCES", "SHAPE", "assert_equal", "assert_within_a_level", "reference_allgather"]
+
 #: A power of two, so that its products are exact.
 LR = 0.125
 Parameters = dict[str, torch.nn.Parameter]
@@ -54,84 +50,9 @@ def assert_same_on_all_ranks(tensors: Iterable[torch.Tensor], process_set: Any =
     assert not different, f"the bits of ranks {different} differ from those of rank 0"
 
 
-def assert_equal(result: torch.Tensor, expected: np.ndarray | torch.Tensor) -> None:
-    """Equal values of one shape; NaN equals NaN. Both are compared in float64."""
-    got, wanted = (np.asarray(torch.as_tensor(x).detach().double().to_dense()) for x in (result, expected))
-    assert got.shape == wanted.shape, f"shape {got.shape} instead of {wanted.shape}"
-    wrong = np.flatnonzero(~((got == wanted) | (np.isnan(got) & np.isnan(wanted))).reshape(-1))
-    assert not len(wrong), (
-        f"{len(wrong)} of {got.size} elements differ; element {wrong[0]} is {got.reshape(-1)[wrong[0]]!r} "
-        f"instead of {wanted.reshape(-1)[wrong[0]]!r}"
-    )
-
-
-# -- references -----------------------------------------------------------------------------
-
-
-def key(name: str, rank: int, step: int, seed: int = 0, phase: int = 0) -> int:
-    return key_of(stream_of(seed, rank, name), step, phase)
-
-
-def decoded(codec: Codec, x: torch.Tensor, random_key: int) -> np.ndarray:
-    """One rank's payload of ``x``, decoded: float32 of the same shape."""
-    array = x.detach().to_dense().float().numpy()
-    return codec.decode(codec.encode(array, random_key), array.shape)
-
-
-def reference_allgather(codec: Codec, inputs: Sequence[torch.Tensor], name: str, step: int, seed: int = 0) -> Any:
-    """The mean of what the ranks' payloads decode to, added up in rank order in float32."""
-    total = decoded(codec, inputs[0], key(name, 0, step, seed))
-    for rank in range(1, len(inputs)):
-        total = total + decoded(codec, inputs[rank], key(name, rank, step, seed))
-    return np.asarray(total / np.float32(len(inputs)))
-
-
-def reference_scatter_gather(codec: Codec, inputs: Sequence[torch.Tensor], name: str, step: int, seed: int = 0) -> Any:
-    """That mean, encoded once more by the rank that owns a shard; for a tensor that travels alone."""
-    mean = reference_allgather(codec, inputs, name, step, seed)
-    flat, result = torch.from_numpy(mean.reshape(-1)), np.empty(mean.size, np.float32)
-    units, ranks = -(-mean.size // codec.granularity), len(inputs)
-    for owner in range(ranks):
-        start, stop = (codec.granularity * (units * r // ranks) for r in (owner, owner + 1))
-        result[start:stop] = decoded(codec, flat, key(name, owner, step, seed, phase=1))[start:stop]
-    return result.reshape(mean.shape)
-
-
-def reference_allreduce(codec: Any, inputs: Sequence[torch.Tensor], name: str, step: int, seed: int = 0) -> Any:
-    """Levels on the largest scale of each bucket, added up."""
-    arrays = [x.detach().float().reshape(-1).numpy() for x in inputs]
-    ranks, length = len(arrays), arrays[0].size
-    scales = np.max([codec.scales(x) for x in arrays], axis=0).view(np.int32)
-    words = np.empty((ranks, codec.lanes_length(length, ranks)), np.int32)
-    for rank, x in enumerate(arrays):
-        codec.to_lanes(x, scales, ranks, words[rank], key(name, rank, step, seed))
-    mean = np.empty(length, np.float32)
-    codec.from_lanes(words.sum(axis=0, dtype=np.int32), scales, ranks, mean, ranks)
-    return mean.reshape(inputs[0].shape)
-
-
-REFERENCES = {
-    "allgather": reference_allgather,
-    "scatter_gather": reference_scatter_gather,
-    "allreduce": reference_allreduce,
-}
-
-
 def by_ranks(codec: Codec) -> str:
     """The exchange that "by_ranks" has to choose."""
     return "scatter_gather" if hvd.size() >= 4 and not codec.variable_size else "allgather"
-
-
-def assert_within_a_level(codec: Any, result: torch.Tensor, inputs: Sequence[torch.Tensor], roundings: int = 1) -> None:
-    """Every element of the mean is off by less than ``roundings`` steps between two levels.
-
-    The step of a bucket is at most that of the rank with the largest scale there; a mean's scale is not larger.
-    """
-    arrays = [x.detach().float().reshape(-1).numpy() for x in inputs]
-    step = np.max([codec.scales(x) for x in arrays], axis=0) / codec.levels
-    error = np.abs(result.detach().double().reshape(-1).numpy() - np.mean(arrays, axis=0, dtype=np.float64))
-    bound = roundings * np.repeat(step, codec.bucket_size)[: error.size] * (1 + 1e-5)
-    assert (error <= bound).all(), f"off by {(error / bound).max():.3g} times the bound"
 
 
 # -- inputs ---------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""What kernels for payloads of fixed size share, in TensorFlow operations.
+
+TensorFlow's arrays do not change, so here a codec is two pure functions: ``encode`` and
+``decode``. XLA compiles them once for each length (``jit_compile=True``); ``*_into`` run them on NumPy arrays.
+
+On the CPU TensorFlow takes subnormal numbers for zero, and so do these kernels there: buckets whose
+scale is below 2^-100 may get other bytes than from NumPy.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_qsgd.codecs.base import Codec, Kernels, combine
+
+MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class TensorFlowKernels(Kernels):
+    """Base of the kernels; see :class:`hvd_qsgd.codecs.base.Kernels`."""
+
+    codec: Codec
+
+    @abstractmethod
+    def encode(self, x: tf.Tensor, key: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
+        """The payload of ``x`` (float32, flat, of known length), uint8.
+
+        Args:
+            key: uint32 of shape (2,): the low and the high half of the key.
+            first: int64: see :meth:`Kernels.encode_into`.
+        """
+
+    @abstractmethod
+    def decode(self, payload: tf.Tensor, length: int) -> tf.Tensor:
+        """The ``length`` float32 values of a payload, uint8 of known length."""
+
+    @cached_property
+    def compiled_encode(self) -> Any:
+        """:meth:`encode`, compiled by XLA."""
+        return tf.function(self.encode, jit_compile=True, autograph=False)
+
+    @cached_property
+    def compiled_decode(self) -> Any:
+        """:meth:`decode`, compiled by XLA."""
+        return tf.function(self.decode, jit_compile=True, autograph=False)
+
+    def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
+        halves = tf.constant([key & MASK32, key >> 32], tf.uint32)
+        payload = self.compiled_encode(tf.constant(x), halves, tf.constant(first, tf.int64)).numpy()
+        self.codec.check_room(out, len(payload))
+        out[: len(payload)] = payload
+        return len(payload)
+
+    def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
+        self.codec.check_payload(payload, out.size)
+        combine(out, self.compiled_decode(tf.constant(payload), out.size).numpy(), mode)
+
+
+def bytes_of(values: tf.Tensor) -> tf.Tensor:
+    """The bits of 2- or 4-byte values as flat uint8."""
+    return tf.reshape(tf.bitcast(values, tf.uint8), [-1])
+
+
+def values_of(data: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """The inverse of :func:`bytes_of`."""
+    return tf.bitcast(tf.reshape(data, [-1, dtype.size]), dtype)

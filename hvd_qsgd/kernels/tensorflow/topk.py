@@ -1,0 +1,46 @@
+"""TopK in TensorFlow operations. The bytes are specified by :mod:`hvd_qsgd.codecs.topk`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_qsgd.codecs.base import Kernels
+from hvd_qsgd.codecs.topk import INFINITY_BITS, TopK
+
+
+@dataclass(frozen=True)
+class TopKKernels(Kernels):
+    """The search among all values is compiled by XLA; the few values that it finds are packed in NumPy."""
+
+    codec: TopK
+
+    def largest(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """What to keep of ``x`` (float32, flat, of known length).
+
+        Returns:
+            Positions of the largest magnitudes, the largest first and of equal ones those that stand first; how
+            many magnitudes are not zero; whether all values are finite.
+        """
+        magnitudes = tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), 0x7FFFFFFF)
+        positions = tf.math.top_k(magnitudes, self.codec.kept(x.shape[0])).indices
+        return positions, tf.math.count_nonzero(magnitudes), tf.reduce_all(magnitudes < INFINITY_BITS)
+
+    @cached_property
+    def compiled_largest(self) -> Any:
+        """:meth:`largest`, compiled by XLA."""
+        return tf.function(self.largest, jit_compile=True, autograph=False)
+
+    def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
+        if not x.size:
+            return self.codec.encode_into(x, out)
+        positions, nonzero, finite = self.compiled_largest(tf.constant(x))
+        kept = np.sort(positions.numpy()[: int(nonzero)].astype(np.int64))
+        return self.codec.pack_into(x, kept, bool(finite), out)
+
+    def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
+        self.codec.decode_into(payload, out, mode)

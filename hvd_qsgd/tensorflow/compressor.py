@@ -1,0 +1,289 @@
+"""Compressors for ``compression=`` of Horovod's TensorFlow functions.
+
+``compress`` adds exchanges of its own to the graph and hands Horovod a *carrier*: one element, 1.0,
+that Horovod reduces in place of the gradient. ``decompress`` takes the exchange's mean and
+multiplies it by the reduced carrier, which reads 1 under Average, the number of ranks under
+Sum, and includes whatever scaling Horovod applies.
+
+Horovod asks for one gradient at a time; the first one that it asks for takes all that come with it
+along, so that many gradients travel as few exchanges.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_qsgd.agreement import check_settings, settings_message
+from hvd_qsgd.codecs import Codec
+from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
+from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
+from hvd_qsgd.cost import UNCOMPRESSED, Costs, Decision, decide, measure_costs
+from hvd_qsgd.engine import run_exchange
+from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.exchanges import AUTO, choose_exchange
+from hvd_qsgd.exchanges.base import AllGather
+from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site
+from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan, aligned_empty
+
+
+@dataclass
+class Ticket:
+    """A tensor on its way: what ``decompress`` must know of it."""
+
+    tensor: tf.Tensor
+    plan: Plan
+    index: int
+    departure: Departure
+
+
+@dataclass
+class Unchanged:
+    """A tensor that Horovod reduces itself; ``dtype`` is what to cast the result to."""
+
+    dtype: tf.DType
+
+
+@dataclass
+class Call:
+    """The call of a Horovod function whose tensors were taken along and are not asked for yet."""
+
+    site: CallSite
+    tickets: dict[int, list[Ticket]]
+
+
+class VariableNames:
+    """Keys of variables: their names, numbered where several variables have the same one.
+
+    A number is never given to another variable, so ranks agree whenever their memory is collected.
+    """
+
+    def __init__(self) -> None:
+        self._variables: dict[str, list[weakref.ref[Any]]] = {}
+
+    def key(self, name: str, variable: Any) -> str:
+        known = self._variables.setdefault(name, [])
+        number = next((i for i, other in enumerate(known) if other() is variable), len(known))
+        if number == len(known):
+            known.append(weakref.ref(variable))
+        return f"{name}.{number}" if number else name
+
+
+class Compressor(CompressorBase, tf.train.experimental.PythonState):
+    """Horovod's compress/decompress interface around a codec.
+
+    Use it as ``compression=`` of ``hvd.DistributedGradientTape``, ``hvd.DistributedOptimizer``,
+    ``hvd.allreduce`` or ``hvd.grouped_allreduce``; both the class (all defaults) and an instance
+    work. The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`.
+
+    ``tf.train.Checkpoint(compression=compressor)`` saves and restores residuals and random steps. Every rank has its
+    own, so every rank must write a checkpoint, under a name of its own.
+    """
+
+    framework = "tensorflow"
+
+    def __init__(self, codec: Codec, **settings: Any) -> None:
+        super().__init__(codec, **settings)
+        self._names = VariableNames()
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._gradient_plans = 0
+        self._call: Call | None = None
+        #: Of exchange="auto", by process set and number of ranks.
+        self._costs: dict[tuple[int, int], Costs] = {}
+
+    # -- Horovod's interface ----------------------------------------------------------------
+
+    @class_or_instance
+    @tf.autograph.experimental.do_not_convert
+    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        """Add the exchange of a gradient, and of all that come with it, to the graph; Horovod calls this.
+
+        Returns:
+            What Horovod has to reduce (the carrier, or the tensor itself if it is not
+            compressed) and the context for :meth:`decompress`.
+
+        Raises:
+            UnsupportedError: the caller wants what compression cannot do correctly.
+            ExchangeError: the ranks have different settings.
+        """
+        site = find_call_site(tensor)
+        if not site.process_set.included():
+            # Horovod traces what only the ranks of the process set will run.
+            return tensor, None
+        ticket = self._ticket(site, tensor)
+        if ticket.plan.entries[ticket.index].bypass:
+            # Horovod cannot reduce bfloat16.
+            return (tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor), Unchanged(tensor.dtype)
+        dtype = tf.float64
+        if site.grouped:
+            # Horovod wants the tensors of a group to be of one type.
+            dtype = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
+        return tf.ones([], dtype), ticket
+
+    @class_or_instance
+    @tf.autograph.experimental.do_not_convert
+    def decompress(self, tensor: tf.Tensor, context: Any) -> tf.Tensor:
+        """The reduced gradient; Horovod calls this."""
+        if isinstance(context, Unchanged):
+            return tf.cast(tensor, context.dtype)
+        if not isinstance(context, Ticket):
+            return tensor
+        mean = context.plan.land(context.index, context.departure, tf.cast(tensor, tf.float64))
+        shape = context.plan.entries[context.index].shape
+        return undifferentiable(context.tensor, tf.reshape(tf.cast(mean, context.tensor.dtype), shape))
+
+    # -- TensorFlow's checkpoints --------------------------------------------------------------
+
+    def serialize(self) -> bytes:
+        """:meth:`state_dict` as bytes, for ``tf.train.Checkpoint``."""
+        state = self.state_dict()
+        arrays = {f"residuals/{name}": array for name, array in state.pop("residuals").items()}
+        stream = io.BytesIO()
+        np.savez(stream, state=np.frombuffer(json.dumps(state).encode(), np.uint8), **arrays)
+        return stream.getvalue()
+
+    def deserialize(self, string_value: bytes) -> None:
+        """The inverse of :meth:`serialize`."""
+        with np.load(io.BytesIO(string_value), allow_pickle=False) as arrays:
+            state = json.loads(arrays["state"].tobytes())
+            names = [name for name in arrays.files if name != "state"]
+            state["residuals"] = {name.removeprefix("residuals/"): arrays[name] for name in names}
+        self.load_state_dict(state)
+
+    # -- parts of compress ---------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._names = VariableNames()
+
+    def _ticket(self, site: CallSite, tensor: tf.Tensor) -> Ticket:
+        call = self._call
+        if call is None or call.site.marker is not site.marker or call.site.graph is not site.graph:
+            call = self._call = Call(site, self._take_along(site))
+        waiting = call.tickets[id(tensor)]
+        ticket = waiting.pop(0)
+        if not waiting:
+            del call.tickets[id(tensor)]
+        if not call.tickets:
+            self._call = None
+        return ticket
+
+    def _take_along(self, site: CallSite) -> dict[int, list[Ticket]]:
+        """Start the exchange of all tensors of a call."""
+        plan = self._plan(site)
+        if site.graph is None:
+            departure = plan.depart(site.tensors)
+        else:
+            with site.graph.as_default():
+                departure = plan.depart(site.tensors)
+        tickets: dict[int, list[Ticket]] = {}
+        for index, tensor in enumerate(site.tensors):
+            tickets.setdefault(id(tensor), []).append(Ticket(tensor, plan, index, departure))
+        return tickets
+
+    def _plan(self, site: CallSite) -> Plan:
+        entries = [self._entry(site, i) for i in range(len(site.tensors))]
+        process_set = site.process_set
+        key = (process_set.process_set_id, process_set.size(), tuple(entries))
+        if key not in self._plans:
+            with tf.init_scope():
+                self._plans[key] = self._make_plan(site, entries)
+        return self._plans[key]
+
+    def _entry(self, site: CallSite, index: int) -> Entry:
+        tensor, name = site.tensors[index], site.names[index]
+        shape = tensor.shape if site.variables is None else site.variables[index].shape
+        known = shape.is_fully_defined()
+        dims = tuple(shape.as_list()) if known else ()
+        reason = "its shape is not known when the graph is traced"
+        if known:
+            reason = self._reason_to_bypass(
+                tensor.dtype.name, tensor.dtype.is_floating, len(dims), math.prod(dims), site.process_set.size()
+            )
+        if name is None:
+            if self.error_feedback and not reason:
+                raise UnsupportedError(
+                    "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
+                    "Pass name=, or a compressor with error_feedback=False."
+                )
+            number = f".{index}" if site.grouped else ""
+            key = f"unnamed.{'x'.join(map(str, dims)) if known else 'unknown'}.{tensor.dtype.name}{number}"
+        else:
+            key = name if site.variables is None else self._names.key(name, site.variables[index])
+        return Entry(key, dims, tensor.dtype.size, reason)
+
+    def _make_plan(self, site: CallSite, entries: Sequence[Entry]) -> Plan:
+        check_not_compiled()
+        compressed = [entry for entry in entries if not entry.bypass]
+        exchange = choose_exchange(self.exchange, self.codec, site.process_set.size())
+        name = entries[0].key
+        if site.variables is not None:
+            name = str(self._gradient_plans)
+            self._gradient_plans += 1
+        # What Horovod reduces needs no agreement, but of gradients a rank may compress some and another one none.
+        if compressed or site.variables is not None:
+            self._agree(f"settings.{name}", compressed, site.process_set)
+        if compressed and self.exchange == AUTO:
+            decision = self._decide(site.process_set, compressed)
+            self._stats.decisions[name] = str(decision)
+            exchange = decision.exchange
+            if exchange == UNCOMPRESSED:
+                reason = f'exchange="auto": {decision}'
+                entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
+        return Plan(self, entries, site.process_set, exchange)
+
+    def _agree(self, name: str, compressed: Sequence[Entry], process_set: Any) -> None:
+        """Compare settings: all ranks trace the same, so they meet here before any result."""
+        settings = self._settings(compressed)
+        request = AllGather(f"set{process_set.process_set_id}.{name}", settings_message(settings))
+        check_settings(settings, HorovodCollectives(process_set).start(request).result())
+
+    def _decide(self, process_set: Any, compressed: Sequence[Entry]) -> Decision:
+        """Choose an exchange, with nothing else on the network while the graph is traced."""
+        collectives = HorovodCollectives(process_set)
+        key = (process_set.process_set_id, collectives.ranks)
+        if key not in self._costs:
+            steps = measure_costs(
+                kernels_for(self.codec, "numba"), collectives.ranks, aligned_empty, f"set{key[0]}.costs"
+            )
+            self._costs[key] = run_exchange(steps, collectives)
+        elements = sum(entry.elements for entry in compressed)
+        return decide(self._costs[key], self.codec, elements, collectives.ranks, -(-elements // self.fusion_elements))
+
+
+@tf.custom_gradient
+def undifferentiable(tensor: tf.Tensor, mean: tf.Tensor) -> Any:
+    """``mean``, which was made of ``tensor``."""
+
+    def gradient(*_: Any) -> Any:
+        raise UnsupportedError(
+            "A gradient was asked for through a compressed allreduce, which is not differentiable. "
+            "Use tf.stop_gradient, or compression=hvd.Compression.none."
+        )
+
+    return mean, gradient
+
+
+class QSGDCompressor(QSGDBase, Compressor):
+    __doc__ = QSGDBase.__doc__
+
+
+class TopKCompressor(TopKBase, Compressor):
+    __doc__ = TopKBase.__doc__
+
+
+class IdentityCompressor(IdentityBase, Compressor):
+    __doc__ = IdentityBase.__doc__
+
+
+class CastCompressor(CastBase, Compressor):
+    __doc__ = CastBase.__doc__

@@ -1,0 +1,292 @@
+"""Plans: tensors that are exchanged together, as operations of a graph.
+
+An exchange is a generator. In a graph it runs in segments: a ``tf.numpy_function`` up to its first
+collective, Horovod's own asynchronous operation, a ``tf.numpy_function`` that resumes it, and so on;
+which collectives come is known beforehand (``Exchange.phases``). No thread of TensorFlow waits
+for the network, and whatever does not depend on each other overlaps. Eager calls run the same graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvd_qsgd.buffers import Buffers
+from hvd_qsgd.collectives.horovod_tensorflow import INPUTS, HorovodCollectives, emit, inputs_of, outcome_of
+from hvd_qsgd.errors import ExchangeError
+from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
+from hvd_qsgd.exchanges.base import Steps
+from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.random_words import stream_of
+from hvd_qsgd.tensorflow.floats import with_subnormals
+
+if TYPE_CHECKING:
+    from hvd_qsgd.tensorflow.compressor import Compressor
+
+#: TensorFlow takes over arrays that stand at multiples of it, and copies others.
+ALIGNMENT = 64
+#: Runs of a plan under way at a time. More are leftovers of runs that an error has ended.
+MOST_RUNS = 16
+
+
+def aligned_empty(length: int, dtype: str) -> np.ndarray:
+    """An uninitialized array that TensorFlow uses without a copy."""
+    size = length * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a plan; ``bypass`` says why it is left to Horovod, if it is."""
+
+    key: str
+    shape: tuple[int, ...]
+    element_size: int
+    bypass: str = ""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Passage:
+    """One tensor in one run."""
+
+    out: Any = None
+    #: With error feedback: gradient plus residual, which the exchange turns into the new residual.
+    corrected: Any = None
+    step: int = 0
+    pieces: list[tuple[Piece, Job]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass
+class Run:
+    """One execution of a plan's operations."""
+
+    passages: dict[int, Passage]
+    flights: dict[int, tuple[Job, Steps]] = field(default_factory=dict)
+
+
+class Bundle:
+    """Slices that travel together, and the buffers for it."""
+
+    def __init__(self, slices: list[Slice], members: list[int], name: str) -> None:
+        self.slices = slices
+        #: Which entries of the plan the slices belong to.
+        self.members = members
+        self.name = name
+        self._buffers = Buffers(aligned_empty)
+        self._busy = False
+
+    def take_buffers(self) -> Buffers:
+        """The bundle's buffers, or new ones if an abandoned run still holds them."""
+        if self._busy:
+            self._buffers = Buffers(aligned_empty)
+        self._busy = True
+        self._buffers.rewind()
+        return self._buffers
+
+    def release_buffers(self) -> None:
+        self._busy = False
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What a plan's operations give: the number of the run, and for each bundle a value that comes at its end."""
+
+    token: tf.Tensor
+    ended: Sequence[tf.Tensor]
+
+
+class Plan:
+    """The exchange of some tensors, whenever its operations run.
+
+    Args:
+        compressor: whose settings and memory are used.
+        entries: the tensors, in the order that :meth:`depart` gets them.
+        process_set: whose ranks take part.
+        exchange: a name in EXCHANGES.
+    """
+
+    def __init__(self, compressor: Compressor, entries: Sequence[Entry], process_set: Any, exchange: str) -> None:
+        self.entries = entries
+        self.compressed = [i for i, entry in enumerate(entries) if not entry.bypass]
+        self.exchange = exchange
+        self.process_set = process_set
+        self._compressor = compressor
+        self._kernels = kernels_for(compressor.codec, "numba")
+        self._collectives = HorovodCollectives(process_set)
+        self._ranks = self._collectives.ranks
+        self._bundles = self._make_bundles()
+        self._tokens = itertools.count()
+        self._runs: dict[int, Run] = {}
+        #: Memory of the means of the last run, for the next one.
+        self._outs: dict[int, np.ndarray] = {}
+
+    def _make_bundles(self) -> list[Bundle]:
+        index_of = {self.entries[i].key: i for i in self.compressed}
+        # Last layers first: their gradients come first.
+        lengths = [(self.entries[i].key, self.entries[i].elements) for i in reversed(self.compressed)]
+        bundles = []
+        compressor = self._compressor
+        for slices in plan_bundles(lengths, compressor.codec.granularity, compressor.fusion_elements):
+            first = slices[0]
+            name = f"set{self.process_set.process_set_id}.{first.name}.{first.start}.{len(slices)}"
+            bundles.append(Bundle(slices, [index_of[part.name] for part in slices], name))
+        return bundles
+
+    # -- building the graph -----------------------------------------------------------------
+
+    def depart(self, tensors: Sequence[tf.Tensor]) -> Departure:
+        """Add the exchange to the current graph, or run it if there is none."""
+        if tf.executing_eagerly():
+            token, *ended = self._function([tensors[i] for i in self.compressed])
+            return Departure(token, ended)
+        return self._emit({i: tensors[i] for i in self.compressed})
+
+    @cached_property
+    def _function(self) -> Callable[[list[tf.Tensor]], list[tf.Tensor]]:
+        def run(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
+            departure = self._emit(dict(zip(self.compressed, tensors)))
+            return [departure.token, *departure.ended]
+
+        function: Callable[[list[tf.Tensor]], list[tf.Tensor]] = tf.function(run, autograph=False)
+        return function
+
+    def _emit(self, tensors: dict[int, tf.Tensor]) -> Departure:
+        with tf.device("/cpu:0"):
+            token = tf.numpy_function(self._begin, [], tf.int64)
+            token.set_shape(())
+            flat = {i: tf.reshape(tf.cast(tensor, tf.float32), [-1]) for i, tensor in tensors.items()}
+            ended = []
+            for number, bundle in enumerate(self._bundles):
+                phases = EXCHANGES[self.exchange].phases
+                inputs = [flat[i] for i in bundle.members]
+                arrays = tf.numpy_function(partial(self._start, number), [token, *inputs], INPUTS[phases[0]])
+                for phase, types in zip(phases, [*(INPUTS[phase] for phase in phases[1:]), [tf.int64]]):
+                    for array in arrays:
+                        array.set_shape([None])
+                    outputs = emit(phase, f"{bundle.name}.{phase}", arrays, self.process_set)
+                    arrays = tf.numpy_function(partial(self._resume, number, phase), [token, *outputs], types)
+                ended.append(arrays[0])
+        return Departure(token, ended)
+
+    def land(self, index: int, departure: Departure, carrier: tf.Tensor) -> tf.Tensor:
+        """The mean of a tensor times the reduced carrier: float32, flat."""
+        if tf.executing_eagerly():
+            return tf.convert_to_tensor(self._land(index, departure.token.numpy(), carrier.numpy()))
+        awaited = [end for end, bundle in zip(departure.ended, self._bundles) if index in bundle.members]
+        with tf.device("/cpu:0"):
+            inputs = [departure.token, carrier, *awaited]
+            mean = tf.numpy_function(partial(self._land, index), inputs, tf.float32)
+            mean.set_shape([self.entries[index].elements])
+            return mean
+
+    # -- what the operations do ---------------------------------------------------------------
+
+    def _begin(self) -> np.int64:
+        if self._collectives.ranks != self._ranks:
+            raise ExchangeError(
+                f"There are {self._collectives.ranks} ranks, and this graph was traced for {self._ranks}. "
+                f"Make the tf.function anew after the number of ranks has changed."
+            )
+        for entry in self.entries:
+            if entry.bypass:
+                self._compressor._record_bypassed(
+                    entry.key, entry.elements, entry.element_size, self._ranks, entry.bypass
+                )
+        while len(self._runs) >= MOST_RUNS:
+            del self._runs[next(iter(self._runs))]
+        token = next(self._tokens)
+        if self.compressed:
+            self._runs[token] = Run({i: Passage() for i in self.compressed})
+        return np.int64(token)
+
+    @with_subnormals
+    def _start(self, number: int, token: np.int64, *tensors: np.ndarray) -> list[Any]:
+        run, bundle = self._runs[int(token)], self._bundles[number]
+        pieces = []
+        for part, index, x in zip(bundle.slices, bundle.members, tensors):
+            passage = run.passages[index]
+            with passage.lock:
+                if passage.out is None:
+                    self._prepare(index, passage, x)
+            source = x if passage.corrected is None else passage.corrected
+            piece = Piece(
+                name=part.name,
+                x=source[part.start : part.stop],
+                out=passage.out[part.start : part.stop],
+                stream=stream_of(self._compressor.seed, self._collectives.rank, part.name),
+                step=passage.step,
+                first=part.start,
+                keep_error=passage.corrected is not None,
+            )
+            pieces.append((passage, piece))
+        job = Job(
+            name=bundle.name,
+            pieces=[piece for _, piece in pieces],
+            kernels=self._kernels,
+            rank=self._collectives.rank,
+            ranks=self._ranks,
+            empty=bundle.take_buffers(),
+        )
+        for passage, piece in pieces:
+            passage.pieces.append((piece, job))
+        steps = EXCHANGES[self.exchange](job)
+        run.flights[number] = (job, steps)
+        return inputs_of(next(steps))
+
+    def _prepare(self, index: int, passage: Passage, x: np.ndarray) -> None:
+        entry = self.entries[index]
+        passage.step = self._compressor._next_step(entry.key)
+        if self._compressor.error_feedback:
+            passage.corrected = self._compressor._feedback.correct(entry.key, x)
+        out = self._outs.pop(index, None)
+        # Nobody has it any more if only this name and the argument of getrefcount refer to it.
+        if out is None or sys.getrefcount(out) > 2:
+            out = aligned_empty(entry.elements, "float32")
+        passage.out = out
+
+    @with_subnormals
+    def _resume(self, number: int, phase: str, token: np.int64, *outputs: np.ndarray) -> list[Any]:
+        _, steps = self._runs[int(token)].flights[number]
+        try:
+            return inputs_of(steps.send(outcome_of(phase, outputs)))
+        except StopIteration:
+            self._bundles[number].release_buffers()
+            return [token]
+
+    @with_subnormals
+    def _land(self, index: int, token: np.int64, carrier: np.ndarray, *_: Any) -> np.ndarray:
+        run = self._runs[int(token)]
+        passage = run.passages.pop(index)
+        if not run.passages:
+            # Tensors land in several threads, and two of them may find that they were the last.
+            self._runs.pop(int(token), None)
+        entry = self.entries[index]
+        record = self._compressor._record(entry.key, entry.elements, entry.element_size, self._ranks)
+        for piece, job in passage.pieces:
+            record.exchange, record.bypassed = self.exchange, ""
+            record.payload_bytes += piece.payload_bytes
+            record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
+        out: np.ndarray = passage.out
+        if passage.corrected is not None:
+            self._compressor._settle(entry.key, passage.corrected, out, self._kernels)
+        if float(carrier) != 1.0:
+            out *= np.float32(carrier)
+        self._outs[index] = out
+        return out
