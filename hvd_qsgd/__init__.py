@@ -7,7 +7,7 @@ Importing this package imports NumPy at most; frameworks and Horovod are importe
 subpackages that need them, when they need them.
 """
 
-from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK, codec_from_config
+from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK, codec_from_config
 from hvd_qsgd.errors import (
     ConfigError,
     ExchangeError,
@@ -28,6 +28,7 @@ __all__ = [
     "HvdQsgdError",
     "Identity",
     "PayloadError",
+    "Scaled",
     "SetupError",
     "TopK",
     "UnsupportedError",

@@ -18,6 +18,7 @@ LIGHT = [
     "hvd_qsgd.engine",
     "hvd_qsgd.exchanges",
     "hvd_qsgd.feedback",
+    "hvd_qsgd.codecs.scaled",
     "hvd_qsgd.fusion",
     "hvd_qsgd.kernels",
     "hvd_qsgd.random_words",

@@ -8,12 +8,13 @@ from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.codecs.cast import Cast
 from hvd_qsgd.codecs.identity import Identity
 from hvd_qsgd.codecs.qsgd import QSGD
+from hvd_qsgd.codecs.scaled import Scaled
 from hvd_qsgd.codecs.topk import TopK
 from hvd_qsgd.errors import ConfigError
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (QSGD, TopK, Identity, Cast)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (QSGD, TopK, Identity, Cast, Scaled)}
 
-__all__ = ["CODECS", "QSGD", "Cast", "Codec", "Identity", "Kernels", "TopK", "codec_from_config"]
+__all__ = ["CODECS", "QSGD", "Cast", "Codec", "Identity", "Kernels", "Scaled", "TopK", "codec_from_config"]
 
 
 def codec_from_config(config: dict[str, Any]) -> Codec:

@@ -70,6 +70,8 @@ class Codec(Kernels):
     exchanges: ClassVar[tuple[str, ...]] = ("allgather", "scatter_gather")
     #: Whether the size of a payload depends on the values.
     variable_size: ClassVar[bool] = False
+    #: Whether all ranks must draw the same random words.
+    shared_randomness: ClassVar[bool] = False
 
     @property
     def codec(self) -> Codec:  # type: ignore[override]
@@ -88,6 +90,14 @@ class Codec(Kernels):
     def biased(self) -> bool:
         """Whether the expectation of the decoded value differs from the input."""
         return False
+
+    @property
+    def omega(self) -> float:
+        """Bound of E||C(x) - x||^2 / ||x||^2 of an unbiased codec whose error can exceed its input; else 0.
+
+        Feedback around a codec diverges from 1 on (see :func:`hvd_qsgd.feedback.check_feedback`).
+        """
+        return 0.0
 
     @property
     def value_dtype(self) -> type | None:

@@ -19,12 +19,14 @@ KERNELS: dict[str, dict[str, str]] = {
     "numba": {
         "qsgd": "hvd_qsgd.kernels.numba.qsgd:QSGDKernels",
         "topk": "hvd_qsgd.kernels.numba.topk:TopKKernels",
+        "scaled": "hvd_qsgd.kernels.scaled:NumbaKernels",
     },
     "torch": {
         "qsgd": "hvd_qsgd.kernels.torch.qsgd:QSGDKernels",
         "topk": "hvd_qsgd.kernels.torch.topk:TopKKernels",
         "identity": "hvd_qsgd.kernels.torch.plain:IdentityKernels",
         "cast": "hvd_qsgd.kernels.torch.plain:CastKernels",
+        "scaled": "hvd_qsgd.kernels.scaled:TorchKernels",
     },
 }
 #: Backends whose arrays are NumPy arrays, so that the specification can stand in.

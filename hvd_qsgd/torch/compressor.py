@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import horovod.torch as hvd
 import torch
 from typing_extensions import Concatenate, ParamSpec
 
-from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
 from hvd_qsgd.codecs.base import check_integer
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import Piece, check_exchange
-from hvd_qsgd.feedback import ErrorFeedback, check_feedback
+from hvd_qsgd.feedback import ErrorFeedback, Feedback, check_feedback
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.stats import Stats, TensorStats
@@ -29,6 +30,9 @@ from hvd_qsgd.torch.flights import Agreement, Bundle, Flight
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Of :meth:`Compressor.state_dict`.
+STATE_VERSION = 2
 
 
 class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
@@ -89,6 +93,8 @@ class Compressor:
         codec: what is sent.
         exchange: how it travels: "auto", "allgather", "scatter_gather" or "allreduce".
         error_feedback: add what was lost to the next gradient; by default on for biased codecs.
+            True means ``hvd_qsgd.feedback.ErrorFeedback()``; other kinds are given as an object, whose settings
+            are taken and whose memory is not.
         min_elements: tensors with fewer elements go through Horovod's own allreduce.
         min_dims: so do tensors with fewer dimensions (biases, norms).
         seed: of the random rounding; the same seed gives the same run.
@@ -105,7 +111,7 @@ class Compressor:
         codec: Codec,
         *,
         exchange: str = "auto",
-        error_feedback: bool | None = None,
+        error_feedback: bool | Feedback | None = None,
         min_elements: int = 1024,
         min_dims: int = 2,
         seed: int = 0,
@@ -119,14 +125,16 @@ class Compressor:
         check_integer(name, "fusion_elements", fusion_elements, 1, 2**40)
         self.codec = codec
         self.exchange = exchange
-        self.error_feedback = codec.biased if error_feedback is None else error_feedback
+        if error_feedback is None:
+            error_feedback = codec.biased
+        self.error_feedback = bool(error_feedback)
         if self.error_feedback:
             check_feedback(codec)
+        self._feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
         self.min_elements = min_elements
         self.min_dims = min_dims
         self.seed = seed
         self.fusion_elements = fusion_elements
-        self._feedback = ErrorFeedback()
         self._stats = Stats()
         self._steps: dict[str, int] = {}
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
@@ -142,7 +150,8 @@ class Compressor:
         return cls._default
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.codec}, exchange={self.exchange!r}, error_feedback={self.error_feedback})"
+        feedback = self._feedback if self.error_feedback else False
+        return f"{type(self).__name__}({self.codec}, exchange={self.exchange!r}, error_feedback={feedback})"
 
     # -- Horovod's interface ----------------------------------------------------------------
 
@@ -223,7 +232,7 @@ class Compressor:
         if context.corrected is not None:
             # A step whose gradient is not finite will be skipped: what was fed back must not be lost with it.
             settle = self._feedback.keep if job.kernels.all_finite(context.out) else self._feedback.discard
-            settle(context.key, context.corrected)
+            settle(context.key, context.corrected, context.out)
         mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
         if mean.data_ptr() == context.tensor.data_ptr():
             return scaled(context.tensor, tensor)
@@ -240,33 +249,60 @@ class Compressor:
     def reset(self) -> None:
         """Forget statistics, residuals and random steps."""
         self._stats = Stats()
-        self._feedback.replace({})
+        self._feedback.start()
         self._steps.clear()
 
     @class_or_instance
     def state_dict(self) -> dict[str, Any]:
-        """Residuals and random steps **of this rank**.
+        """Memory and random steps **of this rank**.
 
-        Every rank has its own residuals: save this on every rank, not on rank 0 alone, and
-        load on each rank what that rank saved.
+        Every rank has its own: save this on every rank, not on rank 0 alone, and load on each
+        rank what that rank saved; or use the helpers of :mod:`hvd_qsgd.torch.state`.
         """
-        residuals = {name: torch.as_tensor(value).clone() for name, value in self._feedback.residuals.items()}
-        return {"version": 1, "config": self.codec.config(), "residuals": residuals, "steps": dict(self._steps)}
+        arrays = {path: torch.as_tensor(array).clone() for path, array in self._feedback.arrays().items()}
+        return {
+            "version": STATE_VERSION,
+            "config": self._saved_config(),
+            "arrays": arrays,
+            "numbers": self._feedback.numbers(),
+            "steps": dict(self._steps),
+        }
 
     @class_or_instance
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of the same rank.
 
         Raises:
-            ConfigError: it was saved with another codec or version.
+            ConfigError: it was saved with another codec, feedback or version.
         """
-        if state.get("version") != 1 or state.get("config") != self.codec.config():
+        config = self._saved_config()
+        if state.get("version") != STATE_VERSION or state.get("config") != config:
             raise ConfigError(
                 f"The state was saved by version {state.get('version')} with {state.get('config')}, and this "
-                f"compressor is version 1 with {self.codec.config()}. Use the settings of the saved run."
+                f"compressor is version {STATE_VERSION} with {config}. Use the settings of the saved run."
             )
-        self._feedback.replace({name: array_of(value.clone()) for name, value in state["residuals"].items()})
+        self._feedback.load(
+            {path: array_of(array.clone()) for path, array in state["arrays"].items()}, state["numbers"]
+        )
         self._steps = dict(state["steps"])
+
+    @class_or_instance
+    def check_state(self) -> None:
+        """Check what must hold between the memories of all ranks; call it on all of them.
+
+        Raises:
+            ExchangeError: it does not hold (only EF21 has such an invariant).
+        """
+
+        def average(name: str, array: Any) -> Any:
+            tensor = torch.as_tensor(array)
+            mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
+            return mean.numpy() if tensor.device.type == "cpu" else mean
+
+        self._feedback.check(average)
+
+    def _saved_config(self) -> dict[str, Any]:
+        return {**self.codec.config(), **(self._feedback.config() if self.error_feedback else {"feedback": None})}
 
     # -- parts of compress ------------------------------------------------------------------
 
@@ -368,7 +404,9 @@ class Compressor:
         return record
 
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
-        corrected = self._feedback.correct(key, array_of(tensor)) if self.error_feedback else None
+        corrected = None
+        if self.error_feedback:
+            corrected = self._feedback.correct(key, array_of(tensor), site.process_set.size())
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad
@@ -403,6 +441,7 @@ class QSGDCompressor(Compressor):
 
     Args:
         bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
+        scaled: shrink stochastic rounding with L2 norm for error feedback; see :class:`hvd_qsgd.Scaled`.
         settings: see :class:`Compressor`.
     """
 
@@ -412,9 +451,11 @@ class QSGDCompressor(Compressor):
         bucket_size: int = 512,
         norm: str = "max",
         rounding: str = "stochastic",
+        scaled: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(QSGD(bits, bucket_size, norm, rounding), **settings)
+        codec = QSGD(bits, bucket_size, norm, rounding)
+        super().__init__(Scaled(codec) if scaled else codec, **settings)
 
 
 class TopKCompressor(Compressor):
