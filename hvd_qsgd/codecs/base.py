@@ -52,6 +52,13 @@ class Kernels(ABC):
             self.decode_into(message[start:stop], out, "add" if index else "set")
         out /= len(spans)
 
+    def with_memory(self, memory: dict[str, Any]) -> Kernels:
+        """The kernels for one tensor of one rank, for codecs that learn from step to step.
+
+        ``memory`` is kept for the tensor, starts empty and is saved in checkpoints.
+        """
+        return self
+
     def all_finite(self, x: Any) -> bool:
         """Whether ``x`` holds neither NaN nor an infinity."""
         # NumPy arrays and torch tensors both compare; NaN is not below infinity either.
@@ -70,6 +77,8 @@ class Codec(Kernels):
     exchanges: ClassVar[tuple[str, ...]] = ("allgather", "scatter_gather")
     #: Whether the size of a payload depends on the values.
     variable_size: ClassVar[bool] = False
+    #: Whether the tensors of a fusion buffer are encoded as one.
+    whole_buffer: ClassVar[bool] = False
     #: Whether all ranks must draw the same random words.
     shared_randomness: ClassVar[bool] = False
 

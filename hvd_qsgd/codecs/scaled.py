@@ -93,3 +93,7 @@ class Scaled(Codec):
     def from_lanes(self, sums: np.ndarray, agreed: np.ndarray, ranks: int, out: np.ndarray, count: int) -> None:
         self.inner.from_lanes(sums, agreed, ranks, out, count)
         out *= self.factor
+
+    def from_sum(self, sums: np.ndarray, out: np.ndarray, count: int, key: int, first: int = 0) -> None:
+        self.inner.from_sum(sums, out, count, key, first)
+        out *= self.factor

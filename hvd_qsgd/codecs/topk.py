@@ -89,6 +89,10 @@ class TopK(Codec):
             out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
             return HEADER.size
         positions = largest_positions(magnitudes, min(self.kept(x.size), int(np.count_nonzero(magnitudes))))
+        return self.write(x, positions, out)
+
+    def write(self, x: np.ndarray, positions: np.ndarray, out: np.ndarray) -> int:
+        """Write the payload of the values at ascending positions; returns its size."""
         form, low_bits = smallest_form(x.size, len(positions))
         parts = [
             np.frombuffer(HEADER.pack(form, low_bits, len(positions)), np.uint8),

@@ -13,15 +13,18 @@ from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges.allgather import allgather
 from hvd_qsgd.exchanges.allreduce import allreduce
 from hvd_qsgd.exchanges.base import Job, Piece, Steps
+from hvd_qsgd.exchanges.joined import joined
+from hvd_qsgd.exchanges.linear import linear
 from hvd_qsgd.exchanges.scatter_gather import scatter_gather
 
 EXCHANGES: dict[str, Callable[[Job], Steps]] = {
     "allgather": allgather,
     "scatter_gather": scatter_gather,
     "allreduce": allreduce,
+    "linear": linear,
 }
 
-__all__ = ["EXCHANGES", "Job", "Piece", "Steps", "check_exchange", "choose_exchange"]
+__all__ = ["EXCHANGES", "Job", "Piece", "Steps", "check_exchange", "choose_exchange", "start_exchange"]
 
 
 def check_exchange(exchange: str, codec: Codec) -> None:
@@ -42,4 +45,11 @@ def choose_exchange(exchange: str, codec: Codec, ranks: int) -> str:
     """
     if exchange != "auto":
         return exchange
+    if not set(codec.exchanges) & {"allgather", "scatter_gather"} or "linear" in codec.exchanges:
+        return codec.exchanges[0]
     return "scatter_gather" if ranks >= 4 and "scatter_gather" in codec.exchanges else "allgather"
+
+
+def start_exchange(exchange: str, job: Job) -> Steps:
+    """The steps of an exchange by name, with the pieces joined if the codec encodes them as one."""
+    return joined(EXCHANGES[exchange], job) if job.codec.whole_buffer else EXCHANGES[exchange](job)

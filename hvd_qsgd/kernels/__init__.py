@@ -19,6 +19,11 @@ KERNELS: dict[str, dict[str, str]] = {
     "numba": {
         "qsgd": "hvd_qsgd.kernels.numba.qsgd:QSGDKernels",
         "topk": "hvd_qsgd.kernels.numba.topk:TopKKernels",
+        "topk_global": "hvd_qsgd.kernels.numba.topk:TopKKernels",
+        "topk_rows": "hvd_qsgd.kernels.numba.topk_rows:RowTopKKernels",
+        "topk_threshold": "hvd_qsgd.kernels.numba.topk_threshold:ThresholdKernels",
+        "sign": "hvd_qsgd.kernels.numba.sign:SignKernels",
+        "qsgd_elias": "hvd_qsgd.kernels.numba.elias:EliasKernels",
         "scaled": "hvd_qsgd.kernels.scaled:NumbaKernels",
     },
     "torch": {
@@ -26,6 +31,10 @@ KERNELS: dict[str, dict[str, str]] = {
         "topk": "hvd_qsgd.kernels.torch.topk:TopKKernels",
         "identity": "hvd_qsgd.kernels.torch.plain:IdentityKernels",
         "cast": "hvd_qsgd.kernels.torch.plain:CastKernels",
+        "topk_global": "hvd_qsgd.kernels.torch.topk:TopKKernels",
+        "topk_rows": "hvd_qsgd.kernels.torch.topk_rows:RowTopKKernels",
+        "random_k": "hvd_qsgd.kernels.torch.random_k:RandomKKernels",
+        "sign": "hvd_qsgd.kernels.torch.sign:SignKernels",
         "scaled": "hvd_qsgd.kernels.scaled:TorchKernels",
     },
 }

@@ -49,6 +49,13 @@ class ScaledKernels(Kernels):
         self.inner.from_lanes(sums, agreed, ranks, out, count)
         out *= float(self.codec.factor)
 
+    def to_sum(self, x: Any, out: Any, key: int, first: int = 0) -> None:
+        self.inner.to_sum(x, out, key, first)
+
+    def from_sum(self, sums: Any, out: Any, count: int, key: int, first: int = 0) -> None:
+        self.inner.from_sum(sums, out, count, key, first)
+        out *= float(self.codec.factor)
+
 
 class NumbaKernels(ScaledKernels):
     backend = "numba"

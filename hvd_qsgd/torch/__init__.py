@@ -11,5 +11,25 @@ from hvd_qsgd.torch.compressor import (
     QSGDCompressor,
     TopKCompressor,
 )
+from hvd_qsgd.torch.family import (
+    EliasQSGDCompressor,
+    GlobalTopKCompressor,
+    RandomKCompressor,
+    RowTopKCompressor,
+    SignCompressor,
+    ThresholdTopKCompressor,
+)
 
-__all__ = ["CastCompressor", "Compressor", "IdentityCompressor", "QSGDCompressor", "TopKCompressor"]
+__all__ = [
+    "CastCompressor",
+    "Compressor",
+    "EliasQSGDCompressor",
+    "GlobalTopKCompressor",
+    "IdentityCompressor",
+    "QSGDCompressor",
+    "RandomKCompressor",
+    "RowTopKCompressor",
+    "SignCompressor",
+    "ThresholdTopKCompressor",
+    "TopKCompressor",
+]
