@@ -206,14 +206,14 @@ def encode(kernels: Any, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("draw", ["normal", "laplace", "standard_cauchy"])
+@pytest.mark.parametrize("draw", ["normal", "laplace", "standard_t"])
 def test_the_number_of_values_follows_the_ratio(method: str, draw: str) -> None:
     """All values above some threshold and no others, and about as many as were asked for."""
     codec, rng = ThresholdTopK(0.01, method=method), np.random.default_rng(0)
     memories: list[dict[str, Any]] = [{}, {}]
     counts = []
     for _ in range(40):
-        x = getattr(rng, draw)(size=20000).astype(np.float32)
+        x = getattr(rng, draw)(*[5] * (draw == "standard_t"), size=20000).astype(np.float32)
         made = [
             encode(kernels_for(codec, backend).with_memory(memory), x)
             for backend, memory in zip(("numpy", "numba"), memories)
@@ -226,8 +226,8 @@ def test_the_number_of_values_follows_the_ratio(method: str, draw: str) -> None:
         assert np.abs(x[kept]).min() >= np.abs(x[~kept]).max()
         assert counts[-1] <= MOST * 200
     assert memories[0] == memories[1]
-    # Fits of a family that the data is not of stay off, and their stages make up for some of it.
-    assert 100 <= np.mean(counts[20:]) <= 320, counts
+    # A fit of a family that the data is not of is off where more stages would make it send even more.
+    assert 150 <= np.mean(counts[20:]) <= (340 if method == "sidco-pareto" else 260), counts
 
 
 def test_an_exact_threshold_is_used_again_and_renewed_in_time() -> None:

@@ -2,7 +2,8 @@
 
 Source: Abdelmoniem et al., SIDCo, MLSys 2021 (arXiv 2101.10761), Algorithms 1 and 2, and the
 authors' code: a first fit keeps a quarter, further stages fit what exceeds the threshold of
-the stage before, and the number of stages follows the achieved number of values.
+the stage before, and the number of stages follows the achieved number of values. Data without
+a variance, like a Cauchy distribution, is beyond the fits.
 """
 
 from __future__ import annotations

@@ -137,6 +137,8 @@ class Compressor:
         self.fusion_elements = fusion_elements
         self._stats = Stats()
         self._steps: dict[str, int] = {}
+        #: What codecs remember of each tensor.
+        self._memory: dict[str, dict[str, Any]] = {}
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
         #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
@@ -183,7 +185,9 @@ class Compressor:
         bundles = self._bundles(site, tensor) if state is None else state.bundles[site.name]
         step = self._steps[key] = self._steps.get(key, -1) + 1
         source = context.corrected if context.corrected is not None else array_of(tensor)
-        stream = stream_of(self.seed, bundles[0][1].collectives.rank, key)
+        owner = 0 if self.codec.shared_randomness else bundles[0][1].collectives.rank
+        stream = stream_of(self.seed, owner, key)
+        memory = self._memory.setdefault(key, {})
         for part, bundle in bundles:
             piece = Piece(
                 name=part.name,
@@ -193,6 +197,8 @@ class Compressor:
                 step=step,
                 first=part.start,
                 keep_error=context.corrected is not None,
+                shape=tuple(tensor.shape),
+                memory=memory,
             )
             flight = bundle.flight_for(part)
             context.flights.append((part, flight))
@@ -251,6 +257,7 @@ class Compressor:
         self._stats = Stats()
         self._feedback.start()
         self._steps.clear()
+        self._memory.clear()
 
     @class_or_instance
     def state_dict(self) -> dict[str, Any]:
