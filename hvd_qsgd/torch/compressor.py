@@ -8,8 +8,9 @@ Average, the number of ranks under Sum, and includes whatever scaling Horovod ap
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import Piece, check_exchange
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, check_feedback
 from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.stats import Stats, TensorStats
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
@@ -90,7 +92,7 @@ class Compressor:
     ``hvd.grouped_allreduce``; both the class (all defaults) and an instance work.
 
     Args:
-        codec: what is sent.
+        codec: what is sent, or a policy that says so for each tensor (see :mod:`hvd_qsgd.policies`).
         exchange: how it travels: "auto", "allgather", "scatter_gather" or "allreduce".
         error_feedback: add what was lost to the next gradient; by default on for biased codecs.
             True means ``hvd_qsgd.feedback.ErrorFeedback()``; other kinds are given as an object, whose settings
@@ -108,7 +110,7 @@ class Compressor:
 
     def __init__(
         self,
-        codec: Codec,
+        codec: Codec | Policy,
         *,
         exchange: str = "auto",
         error_feedback: bool | Feedback | None = None,
@@ -118,18 +120,20 @@ class Compressor:
         fusion_elements: int = 1 << 21,
     ) -> None:
         name = type(self).__name__
-        check_exchange(exchange, codec)
+        self.policy = codec if isinstance(codec, Policy) else Fixed(codec)
+        codecs = self.policy.every_codec()
+        for codec in codecs:
+            check_exchange(exchange, codec)
         check_integer(name, "min_elements", min_elements, 0, 2**62)
         check_integer(name, "min_dims", min_dims, 0, 64)
         check_integer(name, "seed", seed, 0, 2**64 - 1)
         check_integer(name, "fusion_elements", fusion_elements, 1, 2**40)
-        self.codec = codec
         self.exchange = exchange
-        if error_feedback is None:
-            error_feedback = codec.biased
-        self.error_feedback = bool(error_feedback)
-        if self.error_feedback:
-            check_feedback(codec)
+        #: None: for tensors that may get a biased codec.
+        self.error_feedback = None if error_feedback is None else bool(error_feedback)
+        if self.error_feedback or (error_feedback is None and any(codec.biased for codec in codecs)):
+            for codec in codecs:
+                check_feedback(codec)
         self._feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
         self.min_elements = min_elements
         self.min_dims = min_dims
@@ -152,8 +156,9 @@ class Compressor:
         return cls._default
 
     def __repr__(self) -> str:
-        feedback = self._feedback if self.error_feedback else False
-        return f"{type(self).__name__}({self.codec}, exchange={self.exchange!r}, error_feedback={feedback})"
+        feedback = False if self.error_feedback is False else self._feedback
+        what = self.policy.only if isinstance(self.policy, Fixed) else self.policy
+        return f"{type(self).__name__}({what}, exchange={self.exchange!r}, error_feedback={feedback})"
 
     # -- Horovod's interface ----------------------------------------------------------------
 
@@ -173,10 +178,10 @@ class Compressor:
         key = site.name if state is None else f"{state.index}/{site.name}"
         if state is not None and self._already_synchronized(site, state):
             return self._carrier(site, tensor), Unchanged(tensor)
-        reason = self._bypass_reason(tensor, site.process_set)
+        reason = self._bypass_reason(site.name, tensor, site.process_set)
         if reason:
             return self._bypass(key, tensor, site, reason)
-        if self.error_feedback and not site.named:
+        if self._feeds(site.name, tensor) and not site.named:
             raise UnsupportedError(
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
                 "Pass name=, or a compressor with error_feedback=False."
@@ -185,7 +190,7 @@ class Compressor:
         bundles = self._bundles(site, tensor) if state is None else state.bundles[site.name]
         step = self._steps[key] = self._steps.get(key, -1) + 1
         source = context.corrected if context.corrected is not None else array_of(tensor)
-        owner = 0 if self.codec.shared_randomness else bundles[0][1].collectives.rank
+        owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
         stream = stream_of(self.seed, owner, key)
         memory = self._memory.setdefault(key, {})
         for part, bundle in bundles:
@@ -235,14 +240,28 @@ class Compressor:
             record.exchange = flight.exchange
             record.payload_bytes += piece.payload_bytes
             record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
-        if context.corrected is not None:
+        if context.corrected is not None or self.policy.observes:
             # A step whose gradient is not finite will be skipped: what was fed back must not be lost with it.
-            settle = self._feedback.keep if job.kernels.all_finite(context.out) else self._feedback.discard
-            settle(context.key, context.corrected, context.out)
+            finite = job.kernels.all_finite(context.out)
+            if context.corrected is not None:
+                settle = self._feedback.keep if finite else self._feedback.discard
+                settle(context.key, context.corrected, context.out)
+            if self.policy.observes and finite:
+                self.policy.observe(tensor_of(context.site.name, context.tensor), context.out)
         mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
         if mean.data_ptr() == context.tensor.data_ptr():
             return scaled(context.tensor, tensor)
         return scaled(mean, tensor).to(context.tensor.dtype).view(context.tensor.shape)
+
+    @class_or_instance
+    def set_epoch(self, epoch: int, learning_rate: float | None = None) -> None:
+        """Start an epoch (0, 1, ...), for policies that change with time; call it on all ranks, between steps.
+
+        Rank 0 decides for all.
+        """
+        decisions = self.policy.decide(epoch, learning_rate)
+        self.policy.apply(hvd.broadcast_object(decisions, root_rank=0, name="hvd_qsgd.policy"))
+        self._replan()
 
     # -- what users ask --------------------------------------------------------------------
 
@@ -273,6 +292,8 @@ class Compressor:
             "arrays": arrays,
             "numbers": self._feedback.numbers(),
             "steps": dict(self._steps),
+            "memory": copy.deepcopy(self._memory),
+            "policy": copy.deepcopy(self.policy.state()),
         }
 
     @class_or_instance
@@ -292,6 +313,9 @@ class Compressor:
             {path: array_of(array.clone()) for path, array in state["arrays"].items()}, state["numbers"]
         )
         self._steps = dict(state["steps"])
+        self._memory = copy.deepcopy(state["memory"])
+        self.policy.load(state["policy"])
+        self._replan()
 
     @class_or_instance
     def check_state(self) -> None:
@@ -309,7 +333,8 @@ class Compressor:
         self._feedback.check(average)
 
     def _saved_config(self) -> dict[str, Any]:
-        return {**self.codec.config(), **(self._feedback.config() if self.error_feedback else {"feedback": None})}
+        feedback = {"feedback": None} if self.error_feedback is False else self._feedback.config()
+        return {**self.policy.config(), "error_feedback": feedback}
 
     # -- parts of compress ------------------------------------------------------------------
 
@@ -318,52 +343,73 @@ class Compressor:
             return None
         state = self._optimizers.get(site.optimizer)
         if state is None:
-            plan = self._plan(site)
+            plan = self._plan(site.optimizer, site.process_set)
             agreement = Agreement(f"settings.{self._optimizers_seen}", self._settings(plan), site.process_set)
             state = OptimizerState(self._optimizers_seen, plan, agreement)
             self._optimizers_seen += 1
             self._optimizers[site.optimizer] = state
         return state
 
-    def _plan(self, site: CallSite) -> dict[str, list[tuple[Slice, Bundle]]]:
+    def _replan(self) -> None:
+        """Make the bundles anew, after the policy has changed."""
+        self._single.clear()
+        for optimizer, state in sorted(self._optimizers.items(), key=lambda item: item[1].index):
+            before = {name: bundles[0][1].codec for name, bundles in state.bundles.items()}
+            plan = self._plan(optimizer, optimizer.process_set)
+            after = {name: bundles[0][1].codec for name, bundles in plan.items()}
+            for name, codec in after.items():
+                if before.get(name) != codec:
+                    # What one codec learned of a tensor means nothing to another.
+                    self._memory.pop(f"{state.index}/{name}", None)
+            if after != before:
+                state.bundles = plan
+            # Also where nothing changed: ranks that think otherwise must find out, and not wait.
+            state.agreement = Agreement(f"settings.{state.index}", self._settings(plan), optimizer.process_set)
+
+    def _plan(self, optimizer: Any, process_set: Any) -> dict[str, list[tuple[Slice, Bundle]]]:
         """Bundles of all gradients that this optimizer will hand in, last layers first."""
-        optimizer = site.optimizer
-        by_device: dict[torch.device, list[tuple[str, int]]] = {}
+        self.policy.check_names(optimizer._parameter_names.values())
+        by_kind: dict[tuple[torch.device, Codec], list[tuple[str, int]]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in reversed(parameters):
-            if parameter in optimizer._requires_update and not self._bypass_reason(parameter, site.process_set):
-                entry = (optimizer._parameter_names[parameter], parameter.numel())
-                by_device.setdefault(parameter.device, []).append(entry)
+            name = optimizer._parameter_names[parameter]
+            if parameter in optimizer._requires_update and not self._bypass_reason(name, parameter, process_set):
+                by_kind.setdefault((parameter.device, self._codec(name, parameter)), []).append(
+                    (name, parameter.numel())
+                )
         plan: dict[str, list[tuple[Slice, Bundle]]] = {}
-        for device, lengths in by_device.items():
-            self._add_bundles(plan, lengths, device, site.process_set)
+        for (device, codec), lengths in by_kind.items():
+            self._add_bundles(plan, lengths, codec, device, process_set)
         return plan
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        key = (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
+        codec = self._codec(site.name, tensor)
+        key = (site.name, tensor.numel(), codec, tensor.device, site.process_set.process_set_id)
         if key not in self._single:
             # Everybody is in the same call here, so the answer can be awaited at once.
-            Agreement(f"settings.{site.name}", self._settings([site.name]), site.process_set).check(self)
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
-            self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set)
+            self._add_bundles(plan, [(site.name, tensor.numel())], codec, tensor.device, site.process_set)
+            Agreement(f"settings.{site.name}", self._settings(plan), site.process_set).check(self)
             self._single[key] = plan[site.name]
         return self._single[key]
 
-    def _settings(self, names: Iterable[str]) -> list[Any]:
+    def _settings(self, plan: dict[str, list[tuple[Slice, Bundle]]]) -> list[Any]:
         """What must be equal on all ranks for their collectives to match."""
-        return [repr(self), self.fusion_elements, self.min_elements, self.min_dims, *names]
+        codecs = [(name, bundles[0][1].codec) for name, bundles in plan.items()]
+        return [repr(self), self.fusion_elements, self.min_elements, self.min_dims, *codecs]
 
     def _add_bundles(
         self,
         plan: dict[str, list[tuple[Slice, Bundle]]],
         lengths: list[tuple[str, int]],
+        codec: Codec,
         device: torch.device,
         process_set: Any,
     ) -> None:
-        for slices in plan_bundles(lengths, self.codec.granularity, self.fusion_elements):
+        for slices in plan_bundles(lengths, codec.granularity, self.fusion_elements):
             prefix = f"set{process_set.process_set_id}."
-            bundle = Bundle(slices, self.codec, self.exchange, device, process_set, prefix)
+            bundle = Bundle(slices, codec, self.exchange, device, process_set, prefix)
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
 
@@ -380,7 +426,18 @@ class Compressor:
         state.fresh = True
         return False
 
-    def _bypass_reason(self, tensor: torch.Tensor, process_set: Any) -> str:
+    def _codec(self, name: str, tensor: torch.Tensor) -> Codec:
+        codec = self.policy.codec(tensor_of(name, tensor))
+        assert codec is not None, "tensors without a codec are left to Horovod"
+        return codec
+
+    def _feeds(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether the tensor has feedback: from the start, if it may ever get a biased codec."""
+        if self.error_feedback is not None:
+            return self.error_feedback
+        return any(codec.biased for codec in self.policy.choices(tensor_of(name, tensor)))
+
+    def _bypass_reason(self, name: str, tensor: torch.Tensor, process_set: Any) -> str:
         """Why a tensor is left to Horovod, from what all ranks agree on; empty to compress it."""
         if not tensor.dtype.is_floating_point:
             return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not a floating-point type"
@@ -390,6 +447,8 @@ class Compressor:
             return f"{tensor.numel()} elements are fewer than min_elements={self.min_elements}"
         if process_set.size() == 1:
             return "there is one rank only"
+        if self.policy.codec(tensor_of(name, tensor)) is None:
+            return "the policy gives it no codec"
         return ""
 
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
@@ -412,7 +471,7 @@ class Compressor:
 
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
         corrected = None
-        if self.error_feedback:
+        if self._feeds(site.name, tensor):
             corrected = self._feedback.correct(key, array_of(tensor), site.process_set.size())
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
@@ -428,6 +487,11 @@ class Compressor:
             return torch.ones(1, dtype=dtype, device=tensor.device)
         # On the CPU, so that reading it does not wait for a device; float64 makes 1/n * n exact in float32.
         return torch.ones(1, dtype=torch.float64)
+
+
+def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
+    """What a policy knows of a tensor."""
+    return Tensor(name, tuple(tensor.shape))
 
 
 def array_of(tensor: torch.Tensor) -> Any:
