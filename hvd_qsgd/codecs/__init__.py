@@ -8,6 +8,8 @@ from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.codecs.cast import Cast
 from hvd_qsgd.codecs.elias import EliasQSGD
 from hvd_qsgd.codecs.identity import Identity
+from hvd_qsgd.codecs.intsgd import IntSGD
+from hvd_qsgd.codecs.powersgd import PowerSGD
 from hvd_qsgd.codecs.qsgd import QSGD
 from hvd_qsgd.codecs.random_k import RandomK
 from hvd_qsgd.codecs.scaled import Scaled
@@ -32,6 +34,8 @@ CODECS: dict[str, type[Codec]] = {
         RowTopK,
         GlobalTopK,
         ThresholdTopK,
+        PowerSGD,
+        IntSGD,
     )
 }
 
@@ -43,7 +47,9 @@ __all__ = [
     "EliasQSGD",
     "GlobalTopK",
     "Identity",
+    "IntSGD",
     "Kernels",
+    "PowerSGD",
     "RandomK",
     "RowTopK",
     "Scaled",

@@ -13,8 +13,10 @@ from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges.allgather import allgather
 from hvd_qsgd.exchanges.allreduce import allreduce
 from hvd_qsgd.exchanges.base import Job, Piece, Steps
+from hvd_qsgd.exchanges.intsgd import intsgd
 from hvd_qsgd.exchanges.joined import joined
 from hvd_qsgd.exchanges.linear import linear
+from hvd_qsgd.exchanges.powersgd import powersgd
 from hvd_qsgd.exchanges.scatter_gather import scatter_gather
 
 EXCHANGES: dict[str, Callable[[Job], Steps]] = {
@@ -22,6 +24,8 @@ EXCHANGES: dict[str, Callable[[Job], Steps]] = {
     "scatter_gather": scatter_gather,
     "allreduce": allreduce,
     "linear": linear,
+    "powersgd": powersgd,
+    "intsgd": intsgd,
 }
 
 __all__ = ["EXCHANGES", "Job", "Piece", "Steps", "check_exchange", "choose_exchange", "start_exchange"]

@@ -36,6 +36,8 @@ KERNELS: dict[str, dict[str, str]] = {
         "random_k": "hvd_qsgd.kernels.torch.random_k:RandomKKernels",
         "sign": "hvd_qsgd.kernels.torch.sign:SignKernels",
         "scaled": "hvd_qsgd.kernels.scaled:TorchKernels",
+        "powersgd": "hvd_qsgd.codecs.exchanged:ExchangedKernels",
+        "intsgd": "hvd_qsgd.codecs.exchanged:ExchangedKernels",
     },
 }
 #: Backends whose arrays are NumPy arrays, so that the specification can stand in.

@@ -78,9 +78,12 @@ class OptimizerState:
     """What a compressor knows of one distributed optimizer."""
 
     index: int
-    bundles: dict[str, list[tuple[Slice, Bundle]]]
+    #: None until they are made, and when they must be made anew.
+    bundles: dict[str, list[tuple[Slice, Bundle]]] | None = None
+    #: Of each compressed tensor.
+    codecs: dict[str, Codec] = field(default_factory=dict)
     #: Compares the settings of all ranks; None once they were found equal.
-    agreement: Agreement | None
+    agreement: Agreement | None = None
     #: Whether gradients came since the last synchronize().
     fresh: bool = False
 
@@ -187,7 +190,7 @@ class Compressor:
                 "Pass name=, or a compressor with error_feedback=False."
             )
         context = self._context(site, key, tensor)
-        bundles = self._bundles(site, tensor) if state is None else state.bundles[site.name]
+        bundles = self._bundles(site, tensor) if state is None or state.bundles is None else state.bundles[site.name]
         step = self._steps[key] = self._steps.get(key, -1) + 1
         source = context.corrected if context.corrected is not None else array_of(tensor)
         owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
@@ -261,7 +264,7 @@ class Compressor:
         """
         decisions = self.policy.decide(epoch, learning_rate)
         self.policy.apply(hvd.broadcast_object(decisions, root_rank=0, name="hvd_qsgd.policy"))
-        self._replan()
+        self.replan()
 
     # -- what users ask --------------------------------------------------------------------
 
@@ -292,7 +295,7 @@ class Compressor:
             "arrays": arrays,
             "numbers": self._feedback.numbers(),
             "steps": dict(self._steps),
-            "memory": copy.deepcopy(self._memory),
+            "memory": {key: {name: saved(v) for name, v in part.items()} for key, part in self._memory.items()},
             "policy": copy.deepcopy(self.policy.state()),
         }
 
@@ -315,7 +318,7 @@ class Compressor:
         self._steps = dict(state["steps"])
         self._memory = copy.deepcopy(state["memory"])
         self.policy.load(state["policy"])
-        self._replan()
+        self.replan()
 
     @class_or_instance
     def check_state(self) -> None:
@@ -343,28 +346,27 @@ class Compressor:
             return None
         state = self._optimizers.get(site.optimizer)
         if state is None:
-            plan = self._plan(site.optimizer, site.process_set)
-            agreement = Agreement(f"settings.{self._optimizers_seen}", self._settings(plan), site.process_set)
-            state = OptimizerState(self._optimizers_seen, plan, agreement)
+            state = self._optimizers[site.optimizer] = OptimizerState(self._optimizers_seen)
             self._optimizers_seen += 1
-            self._optimizers[site.optimizer] = state
-        return state
-
-    def _replan(self) -> None:
-        """Make the bundles anew, after the policy has changed."""
-        self._single.clear()
-        for optimizer, state in sorted(self._optimizers.items(), key=lambda item: item[1].index):
-            before = {name: bundles[0][1].codec for name, bundles in state.bundles.items()}
-            plan = self._plan(optimizer, optimizer.process_set)
-            after = {name: bundles[0][1].codec for name, bundles in plan.items()}
-            for name, codec in after.items():
-                if before.get(name) != codec:
+        if state.bundles is None:
+            state.bundles = self._plan(site.optimizer, site.process_set)
+            codecs = {name: bundles[0][1].codec for name, bundles in state.bundles.items()}
+            for name, codec in codecs.items():
+                if state.codecs.get(name, codec) != codec:
                     # What one codec learned of a tensor means nothing to another.
                     self._memory.pop(f"{state.index}/{name}", None)
-            if after != before:
-                state.bundles = plan
-            # Also where nothing changed: ranks that think otherwise must find out, and not wait.
-            state.agreement = Agreement(f"settings.{state.index}", self._settings(plan), optimizer.process_set)
+            state.codecs = codecs
+            state.agreement = Agreement(f"settings.{state.index}", self._settings(state.bundles), site.process_set)
+        return state
+
+    def replan(self) -> None:
+        """Make the bundles anew before the next gradient, and compare settings again; on all ranks.
+
+        After the policy has changed, or after the ranks have.
+        """
+        self._single.clear()
+        for state in self._optimizers.values():
+            state.bundles = None
 
     def _plan(self, optimizer: Any, process_set: Any) -> dict[str, list[tuple[Slice, Bundle]]]:
         """Bundles of all gradients that this optimizer will hand in, last layers first."""
@@ -472,12 +474,16 @@ class Compressor:
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
         corrected = None
         if self._feeds(site.name, tensor):
-            corrected = self._feedback.correct(key, array_of(tensor), site.process_set.size())
+            corrected = self._feedback.correct(key, self._gradient(site, tensor), site.process_set.size())
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad
         out = array_of(tensor) if in_place else array_of(torch.empty(tensor.numel(), device=tensor.device))
         return Context(site, key, tensor, out, corrected=corrected)
+
+    def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
+        """What feedback starts from."""
+        return array_of(tensor)
 
     @staticmethod
     def _carrier(site: CallSite, tensor: torch.Tensor) -> torch.Tensor:
@@ -492,6 +498,11 @@ class Compressor:
 def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
     """What a policy knows of a tensor."""
     return Tensor(name, tuple(tensor.shape))
+
+
+def saved(value: Any) -> Any:
+    """A number as it is, and an array of any backend as a tensor of its own."""
+    return value if isinstance(value, (int, float)) else torch.as_tensor(value).clone()
 
 
 def array_of(tensor: torch.Tensor) -> Any:

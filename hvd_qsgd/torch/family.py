@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvd_qsgd.codecs import EliasQSGD, GlobalTopK, RandomK, RowTopK, Scaled, Sign, ThresholdTopK
+from hvd_qsgd.codecs import EliasQSGD, GlobalTopK, IntSGD, PowerSGD, RandomK, RowTopK, Scaled, Sign, ThresholdTopK
 from hvd_qsgd.torch.compressor import Compressor
 
 
@@ -97,3 +97,27 @@ class ThresholdTopKCompressor(Compressor):
         **settings: Any,
     ) -> None:
         super().__init__(ThresholdTopK(ratio, None, values, method, every), **settings)
+
+
+class PowerSGDCompressor(Compressor):
+    """Thin factors of each gradient matrix, by two allreduces; with error feedback.
+
+    Args:
+        rank: see :class:`hvd_qsgd.PowerSGD`.
+        settings: see :class:`Compressor`.
+    """
+
+    def __init__(self, rank: int = 4, **settings: Any) -> None:
+        super().__init__(PowerSGD(rank), **settings)
+
+
+class IntSGDCompressor(Compressor):
+    """Integers on a grid known from past means, by one allreduce.
+
+    Args:
+        bits, fineness, beta: see :class:`hvd_qsgd.IntSGD`.
+        settings: see :class:`Compressor`.
+    """
+
+    def __init__(self, bits: int = 4, fineness: float = 1.0, beta: float = 0.9, **settings: Any) -> None:
+        super().__init__(IntSGD(bits, fineness, beta), **settings)
