@@ -21,6 +21,7 @@ LIGHT = [
     "hvd_qsgd.codecs.scaled",
     "hvd_qsgd.fusion",
     "hvd_qsgd.kernels",
+    "hvd_qsgd.policies",
     "hvd_qsgd.random_words",
     "hvd_qsgd.stats",
 ]
