@@ -55,7 +55,7 @@ from hvd_qsgd import (
     TopK,
 )
 from hvd_qsgd.collectives.simulated import simulate
-from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
+from hvd_qsgd.exchanges import BY_RANKS, Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.feedback import EF21, ErrorFeedback, Feedback, LoCo, MomentumCorrection
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.random_words import stream_of
@@ -143,7 +143,7 @@ class Ranks:
                 )
                 pieces.append(piece)
             jobs.append(Job("gradients", pieces, kernels, rank, self.count, np.empty))
-        exchange = choose_exchange("auto", self.codec, self.count)
+        exchange = choose_exchange(BY_RANKS, self.codec, self.count)
         simulate([start_exchange(exchange, job) for job in jobs])
         for rank, job in enumerate(jobs):
             for piece in job.pieces:

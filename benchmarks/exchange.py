@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 from emulated_cluster import ClusterError, EmulatedCluster
@@ -42,13 +43,17 @@ def run(arguments: argparse.Namespace, rate: str) -> dict[str, Any]:
     command += ["--batch", str(arguments.batch), "--pixels", str(arguments.pixels), "--methods", *arguments.methods]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
     with EmulatedCluster(arguments.hosts, rate=rate) as cluster:
-        result = cluster.run(command, launcher=arguments.launcher, environment=environment, timeout=arguments.timeout)
-    for line in result.stdout.splitlines():
+        launched = cluster.run(command, launcher=arguments.launcher, environment=environment, timeout=arguments.timeout)
+    measured: dict[str, Any] = result_of(launched)
+    return measured
+
+
+def result_of(run: CompletedProcess[str]) -> Any:
+    """What the first rank printed after RESULT."""
+    for line in run.stdout.splitlines():
         if "RESULT {" in line:
-            return json.loads(line[line.index("RESULT {") + len("RESULT ") :])  # type: ignore[no-any-return]
-    raise SystemExit(
-        f"The ranks printed no result (exit status {result.returncode}):\n{result.stdout}\n{result.stderr}"
-    )
+            return json.loads(line[line.index("RESULT {") + len("RESULT ") :])
+    raise SystemExit(f"The ranks printed no result (exit status {run.returncode}):\n{run.stdout}\n{run.stderr}")
 
 
 def show(results: dict[str, dict[str, Any]], workload: str, console: Console) -> None:
@@ -106,7 +111,7 @@ def main() -> None:
     if arguments.methods is None:
         arguments.methods = ["none", "fp16", "qsgd8", "qsgd4", "qsgd2", "qsgd4-scatter", "qsgd4-allreduce", "topk"]
         if arguments.workload == "resnet50":
-            arguments.methods = ["local", "none", "fp16", "qsgd8", "qsgd4", "topk"]
+            arguments.methods = ["local", "none", "fp16", "qsgd8", "qsgd4", "topk", "ddp", "ddp-fp16", "ddp-powersgd"]
     if arguments.quick:
         arguments.elements, arguments.repeats, arguments.methods = 1_000_000, 3, ["none", "qsgd4", "topk"]
     try:

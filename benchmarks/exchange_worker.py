@@ -1,4 +1,4 @@
-"""One rank of ``exchange.py``: times each method on the same data and prints one line of JSON."""
+"""One rank of ``exchange.py``: times all methods in turns on the same data and prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
+from peers import PEERS, wrap
 from resnet50 import ResNet50
 
 from hvd_qsgd.torch import CastCompressor, QSGDCompressor, TopKCompressor
@@ -26,6 +27,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "qsgd4-allgather": lambda: QSGDCompressor(4, exchange="allgather"),
     "qsgd4-scatter": lambda: QSGDCompressor(4, exchange="scatter_gather"),
     "qsgd4-allreduce": lambda: QSGDCompressor(4, exchange="allreduce"),
+    "qsgd4-auto": lambda: QSGDCompressor(4, exchange="auto"),
     "topk": lambda: TopKCompressor(0.01),
 }
 
@@ -36,41 +38,45 @@ def wire_bytes() -> int:
     return int(counter.read_text()) if counter.exists() else 0
 
 
-def measure(step: Callable[[], None], repeats: int) -> dict[str, Any]:
-    """Median seconds of a step, after one to warm up; all ranks start each step together."""
-    step()
-    seconds = []
-    hvd.barrier()
-    before = wire_bytes()
-    for _ in range(repeats):
-        hvd.barrier()
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    hvd.barrier()
-    return {"seconds": statistics.median(seconds), "all": seconds, "bytes": (wire_bytes() - before) / repeats}
+def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Median seconds and mean bytes of each step, after two to warm up.
+
+    The steps take turns, so that whatever slows the machine slows all of them, and all ranks start each one together.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    sent: dict[str, list[int]] = {name: [] for name in steps}
+    for _ in range(2 + repeats):
+        for name, step in steps.items():
+            hvd.barrier()
+            before, started = wire_bytes(), time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+            hvd.barrier()
+            sent[name].append(wire_bytes() - before)
+    return {
+        name: {"seconds": statistics.median(times[2:]), "all": times[2:], "bytes": statistics.mean(sent[name][2:])}
+        for name, times in seconds.items()
+    }
 
 
-def one_tensor(method: str, elements: int, repeats: int) -> dict[str, Any]:
+def one_tensor(method: str, elements: int) -> Callable[[], None]:
     torch.manual_seed(hvd.rank())
     x = torch.randn(elements // 1000, 1000)
     compression = METHODS[method]()
-
-    def step() -> None:
-        hvd.allreduce(x, name="x", compression=compression)
-
-    return measure(step, repeats)
+    return lambda: hvd.allreduce(x, name=f"x.{method}", compression=compression)
 
 
-def training(method: str, repeats: int, batch: int, pixels: int) -> dict[str, Any]:
+def training(method: str, batch: int, pixels: int) -> Callable[[], None]:
     """A step of ResNet-50; "local" is the same step without any communication."""
     torch.manual_seed(0)
-    model = ResNet50()
+    model: torch.nn.Module = ResNet50()
+    if method in PEERS:
+        model = wrap(method, model)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-4)
-    if method != "local":
-        optimizer = hvd.DistributedOptimizer(
-            optimizer, named_parameters=model.named_parameters(), compression=METHODS[method]()
-        )
+    if method in METHODS:
+        # Methods that take turns in one job need names of their own.
+        names = [(f"{method}.{name}", parameter) for name, parameter in model.named_parameters()]
+        optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=names, compression=METHODS[method]())
     images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(0, 1000, (batch,))
 
     def step() -> None:
@@ -78,13 +84,13 @@ def training(method: str, repeats: int, batch: int, pixels: int) -> dict[str, An
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
-    return measure(step, repeats)
+    return step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", choices=["tensor", "resnet50"], default="tensor")
-    parser.add_argument("--methods", nargs="+", default=["none", "qsgd4"], choices=[*METHODS, "local"])
+    parser.add_argument("--methods", nargs="+", default=["none", "qsgd4"], choices=[*METHODS, *PEERS, "local"])
     parser.add_argument("--elements", type=int, default=25_000_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4)
@@ -92,12 +98,11 @@ def main() -> None:
     arguments = parser.parse_args()
     hvd.init()
     torch.set_num_threads(1)
-    results = {}
-    for method in arguments.methods:
-        if arguments.workload == "tensor":
-            results[method] = one_tensor(method, arguments.elements, arguments.repeats)
-        else:
-            results[method] = training(method, arguments.repeats, arguments.batch, arguments.pixels)
+    if arguments.workload == "tensor":
+        steps = {method: one_tensor(method, arguments.elements) for method in arguments.methods}
+    else:
+        steps = {method: training(method, arguments.batch, arguments.pixels) for method in arguments.methods}
+    results = measure(steps, arguments.repeats)
     gathered = hvd.allgather_object(results)
     if hvd.rank() == 0:
         # The slowest rank counts; in one write, because mpirun tags each.

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from collections.abc import Generator
+from typing import Any, TypeVar
 
 from hvd_qsgd.collectives.base import Collectives, Handle
-from hvd_qsgd.exchanges.base import Steps
+from hvd_qsgd.exchanges.base import Request, Steps
+
+T = TypeVar("T")
 
 #: Seconds between two looks at collectives under way: short against a network round trip,
 #: long enough to leave the core to Horovod's own thread.
@@ -27,12 +30,14 @@ PAUSE = 100e-6
 class Task:
     """One exchange under way on this rank."""
 
-    def __init__(self, steps: Steps, collectives: Collectives) -> None:
+    def __init__(self, steps: Generator[Request, Any, Any], collectives: Collectives) -> None:
         self._steps = steps
         self._collectives = collectives
         self._handle: Handle | None = None
         self.error: BaseException | None = None
         self.finished = False
+        #: What the exchange returned.
+        self.value: Any = None
         self._resume(None)
 
     def advance(self) -> bool:
@@ -46,7 +51,8 @@ class Task:
         try:
             outcome: Any = handle.result() if handle is not None else None
             self._handle = self._collectives.start(self._steps.send(outcome))
-        except StopIteration:
+        except StopIteration as stop:
+            self.value = stop.value
             self.finished = True
         except BaseException as error:
             # Kept for whoever waits for it: who looked in may be waiting for another exchange.
@@ -54,8 +60,8 @@ class Task:
             self.finished = True
 
 
-def run_exchange(steps: Steps, collectives: Collectives) -> None:
-    """Run one exchange from start to end in the calling thread.
+def run_exchange(steps: Generator[Request, Any, T], collectives: Collectives) -> T:
+    """Run one exchange from start to end in the calling thread, and return what it returns.
 
     For collectives that match calls by their order, like those of MPI: an engine would start
     the phases of several exchanges in an order that differs between ranks.
@@ -66,6 +72,8 @@ def run_exchange(steps: Steps, collectives: Collectives) -> None:
             time.sleep(PAUSE)
     if task.error is not None:
         raise task.error
+    value: T = task.value
+    return value
 
 
 class Engine:

@@ -32,6 +32,8 @@ class Stats:
     """Totals by tensor name and, as properties, over all tensors."""
 
     tensors: dict[str, TensorStats] = field(default_factory=dict)
+    #: What exchange="auto" decided, by optimizer or tensor, with the times that it predicted.
+    decisions: dict[str, str] = field(default_factory=dict)
 
     def total(self, attribute: str) -> float:
         return sum(getattr(tensor, attribute) for tensor in self.tensors.values())
@@ -62,7 +64,7 @@ class Stats:
         """Everything as plain numbers and strings, for JSON."""
         totals = {"raw_bytes": self.raw_bytes, "payload_bytes": self.payload_bytes, "wire_bytes": self.wire_bytes}
         tensors = {name: dataclasses.asdict(tensor) for name, tensor in self.tensors.items()}
-        return {**totals, "ratio": self.ratio, "tensors": tensors}
+        return {**totals, "ratio": self.ratio, "decisions": dict(self.decisions), "tensors": tensors}
 
     def __str__(self) -> str:
         lines = [f"{'tensor':40} {'exchanges':>9} {'raw MB':>9} {'sent MB':>9}  how"]
@@ -71,5 +73,6 @@ class Stats:
             lines.append(
                 f"{name:40} {tensor.exchanges:9d} {tensor.raw_bytes / 1e6:9.2f} {tensor.wire_bytes / 1e6:9.2f}  {how}"
             )
+        lines += [f"{what}: {decision}" for what, decision in self.decisions.items()]
         lines.append(f"sent {self.wire_bytes / 1e6:.2f} MB, {self.ratio:.1f} times less than uncompressed")
         return "\n".join(lines)

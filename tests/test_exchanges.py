@@ -335,16 +335,16 @@ def test_allreduce_sends_scales_and_lanes_twice(ranks: int) -> None:
     codec = QSGD()
     inputs = make_inputs(ranks, (512 * 4, 0, 3))
     width = next(w for w in range(33) if ranks * 2 * codec.levels < 2**w)
-    words = 3 + (4 + 1) + sum(-(-length // (32 // width)) for length in (512 * 4, 3))
+    words = 3 + (4 + 1) + sum(-(-bucket // (32 // width)) for bucket in (512, 512, 512, 512, 3))
     for job in check_exchange("allreduce", codec, inputs):
         assert job.wire_bytes == pytest.approx(2 * (ranks - 1) / ranks * 4 * words)
 
 
-def test_auto_takes_scatter_gather_from_four_ranks_where_the_codec_allows_it() -> None:
-    assert [choose_exchange("auto", QSGD(), ranks) for ranks in (1, 2, 3, 4, 64)] == ["allgather"] * 3 + [
+def test_by_ranks_takes_scatter_gather_from_four_ranks_where_the_codec_allows_it() -> None:
+    assert [choose_exchange("by_ranks", QSGD(), ranks) for ranks in (1, 2, 3, 4, 64)] == ["allgather"] * 3 + [
         "scatter_gather"
     ] * 2
-    assert choose_exchange("auto", TopK(), 64) == "allgather"
+    assert choose_exchange("by_ranks", TopK(), 64) == "allgather"
     assert choose_exchange("allreduce", QSGD(), 2) == "allreduce"
     # It is the one that sends fewer bytes.
     for ranks, fewest in ((2, "allgather"), (4, "scatter_gather"), (8, "scatter_gather")):

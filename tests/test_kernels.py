@@ -147,9 +147,10 @@ def test_bytes_of_codecs_of_the_cpu_are_those_of_numpy_on_any_input(codec: Codec
 
 @EACH_BACKEND
 def test_a_large_tensor_gives_the_bytes_of_numpy(backend: str) -> None:
-    x = gauss(10**6 + 77)
+    x = gauss(2**20 + 10**5 + 77)
     for codec in (QSGD(), TopK(), RowTopK(), RandomK(), Sign()):
         check_kernels(codec, kernels_for(codec, backend), x, 5, 0, wrapper(backend))
+    check_lanes(QSGD(), kernels_for(QSGD(), backend), x, 5, 7, wrapper(backend))
 
 
 def misleading_arrays() -> dict[str, np.ndarray]:

@@ -144,8 +144,10 @@ class QSGD(Codec):
         return width
 
     def lanes_length(self, length: int, ranks: int) -> int:
-        """int32 words that ``length`` elements take."""
-        return -(-length // (32 // self.lane_width(ranks)))
+        """int32 words that ``length`` elements take; each bucket starts a new one."""
+        lanes = 32 // self.lane_width(ranks)
+        full, tail = divmod(length, self.bucket_size)
+        return full * -(-self.bucket_size // lanes) + -(-tail // lanes)
 
     def agreement_length(self, length: int) -> int:
         """int32 words whose maximum over ranks makes the common scales."""
@@ -161,35 +163,43 @@ class QSGD(Codec):
     ) -> None:
         """Round on the agreed scales and add the levels into lanes.
 
-        A word is the sum of ``level * 2^(w * lane)`` over its lanes, with signed levels. It
-        equals the packing of offset levels 0..2s less a constant, cannot overflow int32 when
-        ``ranks`` words are added, and a rank that contributes zero bits contributes level 0.
+        The levels of a bucket that takes W words go to the words 0 .. W-1 in lane 0, then to the
+        same words in lane 1, and so on. A word is the sum of ``level * 2^(w * lane)`` over its
+        lanes, with signed levels. It equals the packing of offset levels 0..2s less a constant,
+        cannot overflow int32 when ``ranks`` words are added, and a rank that contributes zero
+        bits contributes level 0.
         """
         width = self.lane_width(ranks)
         lanes = 32 // width
-        levels = np.zeros(len(out) * lanes, np.int64)
+        weights = np.int64(1) << (np.int64(width) * np.arange(lanes, dtype=np.int64))
         at = 0
         for rows, scales, bucket in self._rows(x, agreed.view(np.float32), first):
-            levels[at : at + rows.size] = self._levels(rows, scales, key, bucket).reshape(-1)
-            at += rows.size
-        weights = np.int64(1) << (np.int64(width) * np.arange(lanes, dtype=np.int64))
-        out[...] = (levels.reshape(-1, lanes) * weights).sum(axis=1).astype(np.int32)
+            count, length = rows.shape
+            stride = -(-length // lanes)
+            levels = np.zeros((count, lanes * stride), np.int64)
+            levels[:, :length] = self._levels(rows, scales, key, bucket)
+            words = (levels.reshape(count, lanes, stride) * weights[:, None]).sum(axis=1)
+            out[at : at + words.size] = words.astype(np.int32).reshape(-1)
+            at += words.size
 
     def from_lanes(self, sums: np.ndarray, agreed: np.ndarray, ranks: int, out: np.ndarray, count: int) -> None:
         """The sum of the levels of ``ranks`` ranks as values, divided by ``count``."""
         width = self.lane_width(ranks)
         lanes = 32 // width
+        largest = ranks * self.levels
         shifts = (np.uint32(width) * np.arange(lanes, dtype=np.uint32)).astype(np.uint32)
-        offset = sum((ranks * self.levels) << (width * lane) for lane in range(lanes)) & 0xFFFFFFFF
-        with np.errstate(over="ignore"):
-            unsigned = sums.view(np.uint32) + np.uint32(offset)
+        offset = sum(largest << (width * lane) for lane in range(lanes)) & 0xFFFFFFFF
         mask = np.uint32((1 << width) - 1)
-        digits = (unsigned[:, None] >> shifts) & mask
-        levels = digits.reshape(-1)[: out.size].astype(np.int64) - ranks * self.levels
         at = 0
         for rows, scales, _ in self._rows(out, agreed.view(np.float32), 0):
-            rows[...] = dequantize(levels[at : at + rows.size].reshape(rows.shape), scales, self.levels * count)
-            at += rows.size
+            buckets, length = rows.shape
+            stride = -(-length // lanes)
+            with np.errstate(over="ignore"):
+                unsigned = sums[at : at + buckets * stride].view(np.uint32) + np.uint32(offset)
+            digits = (unsigned.reshape(buckets, 1, stride) >> shifts[:, None]) & mask
+            levels = digits.reshape(buckets, -1)[:, :length].astype(np.int64) - largest
+            rows[...] = dequantize(levels, scales, self.levels * count)
+            at += buckets * stride
 
     # -- the arithmetic ---------------------------------------------------------------------
 

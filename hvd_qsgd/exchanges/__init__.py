@@ -6,48 +6,67 @@ the same bits on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hvd_qsgd.codecs.base import Codec
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.exchanges.allgather import allgather
-from hvd_qsgd.exchanges.allreduce import allreduce
-from hvd_qsgd.exchanges.base import Job, Piece, Steps
-from hvd_qsgd.exchanges.intsgd import intsgd
+from hvd_qsgd.exchanges.allgather import ALLGATHER
+from hvd_qsgd.exchanges.allreduce import ALLREDUCE
+from hvd_qsgd.exchanges.base import Exchange, Job, Piece, Steps
+from hvd_qsgd.exchanges.intsgd import INTSGD
 from hvd_qsgd.exchanges.joined import joined
-from hvd_qsgd.exchanges.linear import linear
-from hvd_qsgd.exchanges.powersgd import powersgd
-from hvd_qsgd.exchanges.scatter_gather import scatter_gather
+from hvd_qsgd.exchanges.linear import LINEAR
+from hvd_qsgd.exchanges.powersgd import POWERSGD
+from hvd_qsgd.exchanges.scatter_gather import SCATTER_GATHER
 
-EXCHANGES: dict[str, Callable[[Job], Steps]] = {
-    "allgather": allgather,
-    "scatter_gather": scatter_gather,
-    "allreduce": allreduce,
-    "linear": linear,
-    "powersgd": powersgd,
-    "intsgd": intsgd,
+EXCHANGES: dict[str, Exchange] = {
+    "allgather": ALLGATHER,
+    "scatter_gather": SCATTER_GATHER,
+    "allreduce": ALLREDUCE,
+    "linear": LINEAR,
+    "powersgd": POWERSGD,
+    "intsgd": INTSGD,
 }
+#: Chosen by the number of ranks; chosen by measurement, which may also turn compression off.
+BY_RANKS, AUTO = "by_ranks", "auto"
 
-__all__ = ["EXCHANGES", "Job", "Piece", "Steps", "check_exchange", "choose_exchange", "start_exchange"]
+__all__ = [
+    "AUTO",
+    "BY_RANKS",
+    "EXCHANGES",
+    "Exchange",
+    "Job",
+    "Piece",
+    "Steps",
+    "check_exchange",
+    "choose_exchange",
+    "start_exchange",
+]
 
 
 def check_exchange(exchange: str, codec: Codec) -> None:
-    """Raise ConfigError unless ``exchange`` is "auto" or one that can carry the codec."""
-    if exchange != "auto" and exchange not in EXCHANGES:
-        raise ConfigError(f"exchange={exchange!r} is not one of 'auto', {', '.join(map(repr, EXCHANGES))}.")
-    if exchange != "auto" and exchange not in codec.exchanges:
+    """Raise ConfigError unless ``exchange`` is a choice to be made or an exchange that can carry the codec."""
+    if exchange == AUTO and "allgather" not in codec.exchanges:
+        raise ConfigError(
+            f"exchange={exchange!r} measures how long encoding takes, and the codec {codec.name!r} encodes nothing by "
+            f"itself; it travels by {', '.join(codec.exchanges)}."
+        )
+    if exchange in (BY_RANKS, AUTO):
+        return
+    if exchange not in EXCHANGES:
+        raise ConfigError(f"exchange={exchange!r} is not one of {', '.join(map(repr, [BY_RANKS, AUTO, *EXCHANGES]))}.")
+    if exchange not in codec.exchanges:
         raise ConfigError(
             f"exchange={exchange!r} cannot carry the codec {codec.name!r}; it travels by {', '.join(codec.exchanges)}."
         )
 
 
 def choose_exchange(exchange: str, codec: Codec, ranks: int) -> str:
-    """The exchange that "auto" means.
+    """The exchange that "by_ranks" means.
 
-    allgather sends (n-1) payloads a rank and scatter_gather 2 (n-1)/n, but in two phases
-    and with a second rounding: it pays from four ranks.
+    Codecs whose messages add up go by an allreduce of their own. Of the others allgather sends
+    (n-1) payloads a rank and scatter_gather 2 (n-1)/n, but in two phases and with a second
+    rounding: it pays from four ranks.
     """
-    if exchange != "auto":
+    if exchange != BY_RANKS:
         return exchange
     if not set(codec.exchanges) & {"allgather", "scatter_gather"} or "linear" in codec.exchanges:
         return codec.exchanges[0]

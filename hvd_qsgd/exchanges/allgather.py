@@ -6,7 +6,8 @@ variable size, and the best one for two or three ranks.
 
 from __future__ import annotations
 
-from hvd_qsgd.exchanges.base import AllGather, Job, Steps, aligned, read_words, write_header
+from hvd_qsgd.codecs.base import Codec
+from hvd_qsgd.exchanges.base import AllGather, Exchange, Job, Steps, Work, aligned, read_words, write_header
 
 
 def allgather(job: Job) -> Steps:
@@ -39,3 +40,11 @@ def allgather(job: Job) -> Steps:
             at += aligned(size)
     for piece, of_piece in zip(job.pieces, spans):
         job.kernels.average_into(gathered, of_piece, piece.out)
+
+
+def work(codec: Codec, length: int, ranks: int) -> Work:
+    sent = (ranks - 1) * codec.payload_size(length)
+    return Work({"allgather": sent}, encoded=length, decoded=ranks * length)
+
+
+ALLGATHER = Exchange(allgather, work)

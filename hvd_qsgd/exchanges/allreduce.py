@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_qsgd.exchanges.base import AllReduce, Job, Steps
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work
 
 FINGERPRINT_MAX = 0x7FFFFFFF
 
@@ -77,3 +77,11 @@ def allreduce(job: Job) -> Steps:
         kernels.from_lanes(sums[lane_at : lane_at + lane_length], scales, job.ranks, piece.out, contributors)
         scale_at += scale_length
         lane_at += lane_length
+
+
+def work(codec: Any, length: int, ranks: int) -> Work:
+    words = codec.agreement_length(length) + codec.lanes_length(length, ranks)
+    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * words}, lanes=length, agreements=1)
+
+
+ALLREDUCE = Exchange(allreduce, work)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
 
@@ -56,6 +56,20 @@ Steps = Generator[Request, Any, None]
 
 #: Makes an uninitialized flat array of a length and a dtype, of the job's backend and device.
 Empty = Callable[[int, str], Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an exchange does on each rank, for predictions (:mod:`hvd_qsgd.cost`)."""
+
+    #: Bytes that a rank sends, by collective ("allgather", "alltoall", "allreduce").
+    sent: Mapping[str, float]
+    #: Elements that a rank encodes, decodes, and puts into lanes.
+    encoded: float = 0
+    decoded: float = 0
+    lanes: float = 0
+    #: Collectives beyond those in ``sent``.
+    agreements: int = 0
 
 
 @dataclass
@@ -194,3 +208,15 @@ def shards_of(job: Job) -> list[list[Segment]]:
 def shard_bytes(segments: list[Segment]) -> int:
     """Length of the message that carries a shard."""
     return segments[-1].offset + aligned(segments[-1].size) if segments else HEADER_BYTES
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An exchange as the registry lists it: call it with a job."""
+
+    steps: Callable[[Job], Steps]
+    #: Of a codec, a number of elements and a number of ranks.
+    work: Callable[[Codec, int, int], Work]
+
+    def __call__(self, job: Job) -> Steps:
+        return self.steps(job)

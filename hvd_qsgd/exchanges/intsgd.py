@@ -14,7 +14,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.intsgd import IntSGD
 from hvd_qsgd.exchanges.allreduce import allreduce
-from hvd_qsgd.exchanges.base import AllReduce, Job, Piece, Steps
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work
 from hvd_qsgd.exchanges.linear import CHECK_BITS
 from hvd_qsgd.kernels import kernels_for
 
@@ -96,3 +96,11 @@ def _agreed(job: Job, codec: IntSGD, piece: Piece, scale: np.float32) -> Any:
     agreed = job.empty(codec.grid.agreement_length(len(piece.x)), "int32")
     agreed[...] = int(scale.view(np.int32))
     return agreed
+
+
+def work(codec: Any, length: int, ranks: int) -> Work:
+    words = codec.grid.lanes_length(length, ranks)
+    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * words}, lanes=length)
+
+
+INTSGD = Exchange(intsgd, work)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_qsgd.exchanges.base import AllReduce, Job, Steps
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work
 
 #: Bits of the fingerprint that go along: their sum over 4096 ranks is exact in float32.
 CHECK_BITS = 12
@@ -57,3 +57,11 @@ def linear(job: Job) -> Steps:
     for piece, length in zip(job.pieces, lengths):
         kernels.from_sum(sums[at : at + length], piece.out, contributors, piece.key(), piece.first)
         at += length
+
+
+def work(codec: Any, length: int, ranks: int) -> Work:
+    sent = 2 * (ranks - 1) / ranks * 4 * codec.sum_length(length)
+    return Work({"allreduce": sent}, encoded=length, decoded=length)
+
+
+LINEAR = Exchange(linear, work)

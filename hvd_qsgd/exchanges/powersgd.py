@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
-from hvd_qsgd.exchanges.base import AllReduce, Job, Piece, Steps
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work
 from hvd_qsgd.exchanges.linear import CHECK_BITS
 from hvd_qsgd.random_words import words
 
@@ -133,3 +133,12 @@ def _parts(message: Any, like: list[Any]) -> list[Any]:
     """The message cut into parts of these lengths."""
     ends = np.cumsum([len(part) for part in like]).tolist()
     return [message[end - len(part) : end] for end, part in zip(ends, like)]
+
+
+def work(codec: Any, length: int, ranks: int) -> Work:
+    """As if the tensor were a square matrix."""
+    factors = 2 * codec.rank * length**0.5
+    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * min(factors, length)}, agreements=1)
+
+
+POWERSGD = Exchange(powersgd, work)

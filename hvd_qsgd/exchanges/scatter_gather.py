@@ -6,7 +6,19 @@ Known as scatter-reduce-allgather in CGX (Markov et al., Middleware 2022, arXiv 
 
 from __future__ import annotations
 
-from hvd_qsgd.exchanges.base import AllGather, AllToAll, Job, Steps, read_words, shard_bytes, shards_of, write_header
+from hvd_qsgd.codecs.base import Codec
+from hvd_qsgd.exchanges.base import (
+    AllGather,
+    AllToAll,
+    Exchange,
+    Job,
+    Steps,
+    Work,
+    read_words,
+    shard_bytes,
+    shards_of,
+    write_header,
+)
 
 
 def scatter_gather(job: Job) -> Steps:
@@ -67,3 +79,11 @@ def scatter_gather(job: Job) -> Steps:
         for segment in segments:
             job.kernels.decode_into(segment.payload(part), segment.of(segment.piece.out), "set")
         at += size
+
+
+def work(codec: Codec, length: int, ranks: int) -> Work:
+    sent = (ranks - 1) / ranks * codec.payload_size(length)
+    return Work({"alltoall": sent, "allgather": sent}, encoded=length * (1 + 1 / ranks), decoded=2 * length)
+
+
+SCATTER_GATHER = Exchange(scatter_gather, work)

@@ -20,15 +20,17 @@ from typing_extensions import Concatenate, ParamSpec
 
 from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
 from hvd_qsgd.codecs.base import check_integer
+from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
-from hvd_qsgd.exchanges import Piece, check_exchange
+from hvd_qsgd.exchanges import AUTO, BY_RANKS, Piece, check_exchange
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, check_feedback
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.torch.auto import Advisor, Rehearsal
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
-from hvd_qsgd.torch.flights import Agreement, Bundle, Flight
+from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +76,14 @@ class Unchanged:
 
 
 @dataclass
+class Undecided:
+    """A tensor of the steps before ``exchange="auto"`` decides; ``context`` is what it has otherwise."""
+
+    site: CallSite
+    context: Any
+
+
+@dataclass
 class OptimizerState:
     """What a compressor knows of one distributed optimizer."""
 
@@ -86,6 +96,9 @@ class OptimizerState:
     agreement: Agreement | None = None
     #: Whether gradients came since the last synchronize().
     fresh: bool = False
+    #: Of exchange="auto".
+    rehearsal: Rehearsal = field(default_factory=Rehearsal)
+    decision: Decision | None = None
 
 
 class Compressor:
@@ -96,7 +109,11 @@ class Compressor:
 
     Args:
         codec: what is sent, or a policy that says so for each tensor (see :mod:`hvd_qsgd.policies`).
-        exchange: how it travels: "auto", "allgather", "scatter_gather" or "allreduce".
+        exchange: how it travels: "allgather", "scatter_gather" or "allreduce"; "by_ranks": the first
+            for up to three ranks, else the second, or the only one that suits the codec; "auto": the
+            fastest for this network and machine, by a short measurement in the first two steps (which
+            are not compressed), or no compression if that would not be faster; see ``stats().decisions``.
+            It decides for one codec, not for a policy.
         error_feedback: add what was lost to the next gradient; by default on for biased codecs.
             True means ``hvd_qsgd.feedback.ErrorFeedback()``; other kinds are given as an object, whose settings
             are taken and whose memory is not.
@@ -115,18 +132,22 @@ class Compressor:
         self,
         codec: Codec | Policy,
         *,
-        exchange: str = "auto",
+        exchange: str = BY_RANKS,
         error_feedback: bool | Feedback | None = None,
         min_elements: int = 1024,
         min_dims: int = 2,
         seed: int = 0,
-        fusion_elements: int = 1 << 21,
+        fusion_elements: int = 1 << 20,
     ) -> None:
         name = type(self).__name__
         self.policy = codec if isinstance(codec, Policy) else Fixed(codec)
         codecs = self.policy.every_codec()
         for codec in codecs:
             check_exchange(exchange, codec)
+        if exchange == AUTO and not isinstance(self.policy, Fixed):
+            raise ConfigError(
+                f'exchange="auto" decides for one codec, and {self.policy} may give several. Leave exchange="by_ranks".'
+            )
         check_integer(name, "min_elements", min_elements, 0, 2**62)
         check_integer(name, "min_dims", min_dims, 0, 64)
         check_integer(name, "seed", seed, 0, 2**64 - 1)
@@ -148,6 +169,8 @@ class Compressor:
         self._memory: dict[str, dict[str, Any]] = {}
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
+        self._advisor = Advisor(codecs[0]) if exchange == AUTO else None
+        self._decisions: dict[tuple[Any, ...], Decision] = {}
         #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
         self._single: dict[tuple[Any, ...], list[tuple[Slice, Bundle]]] = {}
 
@@ -184,6 +207,15 @@ class Compressor:
         reason = self._bypass_reason(site.name, tensor, site.process_set)
         if reason:
             return self._bypass(key, tensor, site, reason)
+        if self.exchange == AUTO:
+            decision = self._decision(site, state, tensor)
+            if decision is None:
+                assert state is not None
+                state.rehearsal.takes_off(site.name)
+                carried, unchanged = self._bypass(key, tensor, site, 'exchange="auto" measures in the first steps')
+                return carried, Undecided(site, unchanged)
+            if decision.exchange == UNCOMPRESSED:
+                return self._bypass(key, tensor, site, f'exchange="auto": {decision}')
         if self._feeds(site.name, tensor) and not site.named:
             raise UnsupportedError(
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
@@ -227,20 +259,19 @@ class Compressor:
         """
         if context is None:
             return tensor
+        if isinstance(context, Undecided):
+            self._landed(context)
+            return self.decompress(tensor, context.context)
         if isinstance(context, Unchanged):
             result = tensor if context.tensor is None else scaled(context.tensor, tensor)
             return result if context.dtype is None else result.to(context.dtype)
         if context.site.optimizer is not None:
-            state = self._optimizers[context.site.optimizer]
-            state.fresh = False
-            if state.agreement is not None:
-                state.agreement.check(self)
-                state.agreement = None
+            self._settled(self._optimizers[context.site.optimizer])
         record = self._record(context.key, context.tensor, context.flights[0][1].bundle.collectives.ranks)
         for part, flight in context.flights:
             job = flight.wait()
             piece = flight.pieces[part]
-            record.exchange = flight.exchange
+            record.exchange, record.bypassed = flight.exchange, ""
             record.payload_bytes += piece.payload_bytes
             record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
         if context.corrected is not None or self.policy.observes:
@@ -262,6 +293,8 @@ class Compressor:
 
         Rank 0 decides for all.
         """
+        if isinstance(self.policy, Fixed):
+            return
         decisions = self.policy.decide(epoch, learning_rate)
         self.policy.apply(hvd.broadcast_object(decisions, root_rank=0, name="hvd_qsgd.policy"))
         self.replan()
@@ -349,7 +382,7 @@ class Compressor:
             state = self._optimizers[site.optimizer] = OptimizerState(self._optimizers_seen)
             self._optimizers_seen += 1
         if state.bundles is None:
-            state.bundles = self._plan(site.optimizer, site.process_set)
+            state.bundles = self._plan(site.optimizer, site.process_set, self.exchange)
             codecs = {name: bundles[0][1].codec for name, bundles in state.bundles.items()}
             for name, codec in codecs.items():
                 if state.codecs.get(name, codec) != codec:
@@ -365,10 +398,19 @@ class Compressor:
         After the policy has changed, or after the ranks have.
         """
         self._single.clear()
+        self._decisions.clear()
         for state in self._optimizers.values():
-            state.bundles = None
+            state.bundles = state.decision = None
+            state.rehearsal = Rehearsal()
 
-    def _plan(self, optimizer: Any, process_set: Any) -> dict[str, list[tuple[Slice, Bundle]]]:
+    def _settled(self, state: OptimizerState) -> None:
+        """Gradients come back: by now all ranks have said what their settings are."""
+        state.fresh = False
+        if state.agreement is not None:
+            state.agreement.check(self)
+            state.agreement = None
+
+    def _plan(self, optimizer: Any, process_set: Any, exchange: str) -> dict[str, list[tuple[Slice, Bundle]]]:
         """Bundles of all gradients that this optimizer will hand in, last layers first."""
         self.policy.check_names(optimizer._parameter_names.values())
         by_kind: dict[tuple[torch.device, Codec], list[tuple[str, int]]] = {}
@@ -381,17 +423,18 @@ class Compressor:
                 )
         plan: dict[str, list[tuple[Slice, Bundle]]] = {}
         for (device, codec), lengths in by_kind.items():
-            self._add_bundles(plan, lengths, codec, device, process_set)
+            self._add_bundles(plan, lengths, codec, device, process_set, exchange)
         return plan
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        codec = self._codec(site.name, tensor)
-        key = (site.name, tensor.numel(), codec, tensor.device, site.process_set.process_set_id)
+        key = self._single_key(site, tensor)
         if key not in self._single:
             # Everybody is in the same call here, so the answer can be awaited at once.
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
-            self._add_bundles(plan, [(site.name, tensor.numel())], codec, tensor.device, site.process_set)
+            codec = self._codec(site.name, tensor)
+            exchange = self._decisions[key].exchange if key in self._decisions else self.exchange
+            self._add_bundles(plan, [(site.name, tensor.numel())], codec, tensor.device, site.process_set, exchange)
             Agreement(f"settings.{site.name}", self._settings(plan), site.process_set).check(self)
             self._single[key] = plan[site.name]
         return self._single[key]
@@ -408,10 +451,11 @@ class Compressor:
         codec: Codec,
         device: torch.device,
         process_set: Any,
+        exchange: str,
     ) -> None:
         for slices in plan_bundles(lengths, codec.granularity, self.fusion_elements):
             prefix = f"set{process_set.process_set_id}."
-            bundle = Bundle(slices, codec, self.exchange, device, process_set, prefix)
+            bundle = Bundle(slices, codec, exchange, device, process_set, prefix)
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
 
@@ -453,6 +497,44 @@ class Compressor:
             return "the policy gives it no codec"
         return ""
 
+    # -- exchange="auto" --------------------------------------------------------------------
+
+    def _decision(self, site: CallSite, state: OptimizerState | None, tensor: torch.Tensor) -> Decision | None:
+        """What was decided for a tensor; None in an optimizer's first steps."""
+        if state is not None:
+            return state.decision
+        key = self._single_key(site, tensor)
+        if key not in self._decisions:
+            # Everybody is in the same call here, and can measure at once.
+            assert self._advisor is not None
+            decision = self._advisor.decide(site.process_set, tensor.device, tensor.numel())
+            self._decisions[key] = decision
+            self._stats.decisions[site.name] = str(decision)
+        return self._decisions[key]
+
+    def _landed(self, undecided: Undecided) -> None:
+        """A gradient of an optimizer's first steps has come back; after the last one, decide."""
+        state = self._optimizers[undecided.site.optimizer]
+        self._settled(state)
+        if not state.rehearsal.lands(undecided.site.name):
+            return
+        assert self._advisor is not None and state.bundles is not None
+        slices = [entry for entries in state.bundles.values() for entry in entries]
+        bundles = {id(bundle): bundle for _, bundle in slices}
+        elements = sum(part.stop - part.start for part, _ in slices)
+        device = slices[0][1].device
+        state.decision = self._advisor.decide(
+            undecided.site.process_set, device, elements, len(bundles), state.rehearsal.backward
+        )
+        self._stats.decisions[f"optimizer {state.index}"] = str(state.decision)
+        if state.decision.exchange != UNCOMPRESSED:
+            site = undecided.site
+            state.bundles = self._plan(site.optimizer, site.process_set, state.decision.exchange)
+
+    @staticmethod
+    def _single_key(site: CallSite, tensor: torch.Tensor) -> tuple[Any, ...]:
+        return (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
+
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
         record = self._record(key, tensor, site.process_set.size())
         record.bypassed = reason
@@ -478,7 +560,8 @@ class Compressor:
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad
-        out = array_of(tensor) if in_place else array_of(torch.empty(tensor.numel(), device=tensor.device))
+        # Memory from NumPy comes in huge pages: touching 100 MB from torch for the first time can take 100 ms.
+        out = array_of(tensor) if in_place else empty_on(tensor.device)(tensor.numel(), "float32")
         return Context(site, key, tensor, out, corrected=corrected)
 
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
@@ -513,9 +596,9 @@ def array_of(tensor: torch.Tensor) -> Any:
 
 
 def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
-    """The mean times the reduced carrier."""
+    """The mean, multiplied in place by the reduced carrier."""
     factor = float(carrier)
-    return mean if factor == 1.0 else mean * factor
+    return mean if factor == 1.0 else mean.mul_(factor)
 
 
 class QSGDCompressor(Compressor):

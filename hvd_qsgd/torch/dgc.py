@@ -96,9 +96,9 @@ class DGCCompressor(Compressor):
         self._check(site.optimizer)
         return sent, Dense(key, site, context)
 
-    def _plan(self, optimizer: Any, process_set: Any) -> Any:
+    def _plan(self, optimizer: Any, process_set: Any, exchange: str) -> Any:
         self._check(optimizer)
-        return super()._plan(optimizer, process_set)
+        return super()._plan(optimizer, process_set, exchange)
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> Any:
         self._check(None)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.engine import Engine, Task
 from hvd_qsgd.errors import ExchangeError
@@ -27,6 +28,11 @@ def empty_on(device: torch.device) -> Callable[[int, str], Any]:
     if device.type == "cpu":
         return np.empty
     return lambda length, dtype: torch.empty(length, dtype=getattr(torch, dtype), device=device)
+
+
+def kernels_on(codec: Any, device: torch.device) -> Kernels:
+    """The kernels that serve a device."""
+    return kernels_for(codec, "numba" if device.type == "cpu" else "torch")
 
 
 class Agreement:
@@ -96,12 +102,11 @@ class Flight:
         bundle = self.bundle
         collectives = bundle.collectives
         pieces = [self.pieces[part] for part in bundle.slices if part in self.pieces]
-        device = bundle.device
         self.exchange = choose_exchange(bundle.exchange, bundle.codec, collectives.ranks)
         self.job = Job(
             name=bundle.name,
             pieces=pieces,
-            kernels=kernels_for(bundle.codec, "numba" if device.type == "cpu" else "torch"),
+            kernels=kernels_on(bundle.codec, bundle.device),
             rank=collectives.rank,
             ranks=collectives.ranks,
             empty=bundle.buffers_for(self),

@@ -117,8 +117,8 @@ REFERENCES = {
 }
 
 
-def auto(codec: Codec) -> str:
-    """The exchange that "auto" has to choose."""
+def by_ranks(codec: Codec) -> str:
+    """The exchange that "by_ranks" has to choose."""
     return "scatter_gather" if hvd.size() >= 4 and not codec.variable_size else "allgather"
 
 

@@ -15,7 +15,7 @@ from rank_checks import (
     assert_equal,
     assert_same_on_all_ranks,
     assert_within_a_level,
-    auto,
+    by_ranks,
     dyadic,
     gather,
     normal,
@@ -57,7 +57,7 @@ def test_quantization(bits: int, norm: str, exchange: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("exchange", "roundings"), [("allgather", 1), ("scatter_gather", 2), ("allreduce", 1), ("auto", 2)]
+    ("exchange", "roundings"), [("allgather", 1), ("scatter_gather", 2), ("allreduce", 1), ("by_ranks", 2)]
 )
 def test_the_error_is_below_a_level_for_each_rounding(exchange: str, roundings: int) -> None:
     x = normal(SHAPE)
@@ -68,17 +68,17 @@ def test_the_error_is_below_a_level_for_each_rounding(exchange: str, roundings: 
 @pytest.mark.parametrize(
     ("compressor", "exchange"),
     [
-        (QSGDCompressor(), auto(QSGD())),
-        (QSGDCompressor(8, bucket_size=64), auto(QSGD())),
-        (QSGDCompressor(3, bucket_size=65536), auto(QSGD())),
-        (QSGDCompressor(rounding="nearest", error_feedback=False), auto(QSGD())),
+        (QSGDCompressor(), by_ranks(QSGD())),
+        (QSGDCompressor(8, bucket_size=64), by_ranks(QSGD())),
+        (QSGDCompressor(3, bucket_size=65536), by_ranks(QSGD())),
+        (QSGDCompressor(rounding="nearest", error_feedback=False), by_ranks(QSGD())),
         (QSGDCompressor(fusion_elements=1000, exchange="allgather"), "allgather"),
         (QSGDCompressor(fusion_elements=1000, exchange="allreduce"), "allreduce"),
         (TopKCompressor(error_feedback=False), "allgather"),
         (TopKCompressor(k=7, values="float16", error_feedback=False), "allgather"),
-        (IdentityCompressor(), auto(Identity())),
+        (IdentityCompressor(), by_ranks(Identity())),
         (IdentityCompressor(exchange="allgather"), "allgather"),
-        (CastCompressor(), auto(Cast())),
+        (CastCompressor(), by_ranks(Cast())),
         (CastCompressor("bfloat16", exchange="allgather"), "allgather"),
     ],
     ids=repr,
@@ -109,7 +109,7 @@ def test_seeds_repeat_and_differ() -> None:
     results = [hvd.allreduce(x, name="x", compression=QSGDCompressor(seed=seed)) for seed in (7, 7, 2**64 - 1)]
     assert_equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
-    check(QSGDCompressor(seed=2**64 - 1), auto(QSGD()), x, "x", 0, 2**64 - 1)
+    check(QSGDCompressor(seed=2**64 - 1), by_ranks(QSGD()), x, "x", 0, 2**64 - 1)
 
 
 @pytest.mark.parametrize(("arguments", "factor"), FACTORS)

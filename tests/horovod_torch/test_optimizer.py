@@ -69,7 +69,7 @@ def test_allreduce_exchange(bits: int) -> None:
     check_training(QSGDCompressor(bits, exchange="allreduce"), QSGD(bits), reference=reference_allreduce)
 
 
-@pytest.mark.parametrize("exchange", ["scatter_gather", "auto"])
+@pytest.mark.parametrize("exchange", ["scatter_gather", "by_ranks"])
 def test_scatter_gather_exchange(exchange: str) -> None:
     parameters = make_parameters(SHAPES)
     optimizer = make_optimizer(parameters, QSGDCompressor(8, exchange=exchange))
@@ -183,7 +183,7 @@ def test_parameters_without_names() -> None:
 # -- gradients that do not come, or come in other forms -------------------------------------
 
 
-@pytest.mark.parametrize("exchange", ["allgather", "auto"])
+@pytest.mark.parametrize("exchange", ["allgather", "by_ranks"])
 def test_parameters_that_only_some_ranks_use(exchange: str) -> None:
     shapes = {f"branch{i}": (40, 50) for i in range(6)}
     parameters = make_parameters(shapes)

@@ -30,7 +30,7 @@ RULES = {"embed*": "topk(0.05)", "plain": None, "rand*": RandomK(0.1), "head*": 
 
 
 def test_each_tensor_gets_the_codec_of_its_rule() -> None:
-    compressor = Compressor(Rules(RULES), error_feedback=False, exchange="auto")
+    compressor = Compressor(Rules(RULES), error_feedback=False)
     parameters = make_parameters({name: SHAPES[name] for name in ("embedding", "plain", "bias")})
     rules = Rules({"embed*": "topk(0.05)", "plain": None, "default": "qsgd(4)"})
     compressor = Compressor(rules, error_feedback=False)

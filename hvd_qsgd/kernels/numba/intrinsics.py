@@ -93,3 +93,26 @@ def dequantize(typingctx, code, zero, scale, unit):  # type: ignore[no-untyped-d
         return builder.fmul(scale, builder.fmul(level, unit))
 
     return types.float32(types.uint8, types.int32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def add_level(typingctx, word, code, zero, shift):  # type: ignore[no-untyped-def]
+    """``word + ((code - zero) << shift)`` on int32, modulo 2^32."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word, code, zero, shift = arguments
+        return builder.add(word, builder.shl(builder.sub(code, zero), shift))
+
+    return types.int32(types.int32, types.int32, types.int32, types.int32), codegen
+
+
+@intrinsic
+def level_of(typingctx, word, offset, shift, mask, largest):  # type: ignore[no-untyped-def]
+    """``(((word + offset) >> shift) & mask) - largest`` on int32, modulo 2^32; the shift fills with zeros."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word, offset, shift, mask, largest = arguments
+        digit = builder.and_(builder.lshr(builder.add(word, offset), shift), mask)
+        return builder.sub(digit, largest)
+
+    return types.int32(*[types.int32] * 5), codegen

@@ -15,9 +15,11 @@ from numba import njit
 from hvd_qsgd.codecs.base import Kernels, mode_number
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NAN_BITS, NORM_LANES, QSGD, TINY
 from hvd_qsgd.kernels.numba.intrinsics import (
+    add_level,
     dequantize,
     high_half,
     join_bytes,
+    level_of,
     low_half,
     move_field,
     offset_level,
@@ -292,48 +294,52 @@ def to_lanes(x, scales, width, out, bits, bucket_size, stochastic, key_low, key_
     codes = np.empty(bucket_size, np.int32)
     levels = np.int32((1 << (bits - 1)) - 1)
     lanes = 32 // width
-    lane = 0
     at = 0
-    total = np.int64(0)
     for bucket in range(len(scales)):
         values = x[bucket * bucket_size : (bucket + 1) * bucket_size]
         first = word + bucket * (bucket_size // 2)
         bucket_codes(values, scales[bucket], codes, levels, stochastic, key_low, key_high, first)
-        for j in range(len(values)):
-            total += np.int64(codes[j] - levels) << (lane * width)
-            lane += 1
-            if lane == lanes:
-                out[at] = np.int32(total)
-                at += 1
-                lane = 0
-                total = np.int64(0)
-    if lane:
-        out[at] = np.int32(total)
+        stride = (len(values) + lanes - 1) // lanes
+        words = out[at : at + stride]
+        words[:] = 0
+        for lane in range(lanes):
+            part = codes[lane * stride : min((lane + 1) * stride, len(values))]
+            add_levels(part, words[: len(part)], levels, np.int32(lane * width))
+        at += stride
+
+
+@jit
+def add_levels(codes, words, zero, shift):  # type: ignore[no-untyped-def]
+    for j in range(len(words)):
+        words[j] = add_level(words[j], codes[j], zero, shift)
 
 
 @jit
 def from_lanes(sums, scales, width, ranks, count, out, bits, bucket_size):  # type: ignore[no-untyped-def]
     levels = (1 << (bits - 1)) - 1
     unit = ONE / np.float32(levels * count)
+    largest = np.int32(ranks * levels)
     lanes = 32 // width
-    mask = (np.int64(1) << width) - 1
-    offset = np.int64(0)
+    mask = np.int32((np.int64(1) << width) - 1)
+    total = np.int64(0)
     for lane in range(lanes):
-        offset += np.int64(ranks * levels) << (lane * width)
-    lane = 0
+        total += np.int64(largest) << (lane * width)
+    offset = np.int32(total)
     at = 0
-    word = np.int64(sums[0]) + offset if len(sums) else np.int64(0)
     for bucket in range(len(scales)):
-        scale = scales[bucket]
         values = out[bucket * bucket_size : (bucket + 1) * bucket_size]
-        for j in range(len(values)):
-            if lane == lanes:
-                at += 1
-                lane = 0
-                word = np.int64(sums[at]) + offset
-            level = ((word >> (lane * width)) & mask) - ranks * levels
-            values[j] = scale * (np.float32(level) * unit)
-            lane += 1
+        stride = (len(values) + lanes - 1) // lanes
+        words = sums[at : at + stride]
+        for lane in range(lanes):
+            part = values[lane * stride : min((lane + 1) * stride, len(values))]
+            read_levels(words[: len(part)], part, offset, np.int32(lane * width), mask, largest, scales[bucket], unit)
+        at += stride
+
+
+@jit
+def read_levels(words, values, offset, shift, mask, largest, scale, unit):  # type: ignore[no-untyped-def]
+    for j in range(len(words)):
+        values[j] = scale * (np.float32(level_of(words[j], offset, shift, mask, largest)) * unit)
 
 
 @dataclass(frozen=True)

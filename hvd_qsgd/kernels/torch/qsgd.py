@@ -14,22 +14,31 @@ from hvd_qsgd.kernels.torch.bits import pack_planes, unpack_planes
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
 from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
 
-MASK32 = 0xFFFFFFFF
+#: Elements that are worked on at a time: temporary memory stays small, and on a CPU in the cache.
+CHUNK = 1 << 20
+
+
+def signed(word: int) -> int:
+    """The int32 with the bits of a 32-bit word."""
+    return (word & 0xFFFFFFFF) - ((word & 0x80000000) << 1)
+
+
+def shift_right(values: torch.Tensor, places: int) -> torch.Tensor:
+    """int32 shifted right with zeros coming in."""
+    return (values >> places).bitwise_and_((1 << (32 - places)) - 1)
 
 
 def words(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """:func:`hvd_qsgd.random_words.words` as int64 values below 2^32."""
-
-    def multiply(value: torch.Tensor, factor: int) -> torch.Tensor:
-        # In halves, because the product of two 32-bit numbers does not fit a signed int64.
-        low = value * (factor & 0xFFFF)
-        high = (value * (factor >> 16)) & 0xFFFF
-        return (low + (high << 16)) & MASK32
-
-    h = (torch.arange(count, dtype=torch.int64, device=device) + ((first + key) & MASK32)) & MASK32
-    h = multiply(h ^ (h >> 16), MULTIPLIER_1)
-    h = multiply(((h ^ (h >> 15)) + (key >> 32)) & MASK32, MULTIPLIER_2)
-    return h ^ (h >> 15)
+    """:func:`hvd_qsgd.random_words.words` as int32 with the same bits: products and sums wrap around."""
+    h = torch.arange(count, dtype=torch.int32, device=device)
+    h += signed(first + key)
+    h ^= shift_right(h, 16)
+    h *= signed(MULTIPLIER_1)
+    h ^= shift_right(h, 15)
+    h += signed(key >> 32)
+    h *= signed(MULTIPLIER_2)
+    h ^= shift_right(h, 15)
+    return h
 
 
 def l2_norms(rows: torch.Tensor) -> torch.Tensor:
@@ -81,27 +90,31 @@ class QSGDKernels(Kernels):
     ) -> None:
         width = self.codec.lane_width(ranks)
         lanes = 32 // width
-        levels = torch.zeros(len(out) * lanes, dtype=torch.int64, device=x.device)
         at = 0
         for rows, scales, bucket in self._rows(x, agreed.view(torch.float32), first):
-            levels[at : at + rows.numel()] = self._levels(rows, scales, key, bucket).reshape(-1)
-            at += rows.numel()
-        weights = 1 << (width * torch.arange(lanes, dtype=torch.int64, device=x.device))
-        out.copy_((levels.reshape(-1, lanes) * weights).sum(dim=1))
+            stride = -(-rows.shape[1] // lanes)
+            levels = self._levels(rows, scales, key, bucket)
+            words = out[at : at + len(rows) * stride].view(len(rows), stride).zero_()
+            for lane in range(lanes):
+                part = levels[:, lane * stride : (lane + 1) * stride]
+                words[:, : part.shape[1]] += part << (lane * width)
+            at += words.numel()
 
     def from_lanes(self, sums: torch.Tensor, agreed: torch.Tensor, ranks: int, out: torch.Tensor, count: int) -> None:
         largest = self.codec.levels * ranks
         width = self.codec.lane_width(ranks)
-        shifts = width * torch.arange(32 // width, dtype=torch.int64, device=out.device)
-        offset = sum(largest << (width * lane) for lane in range(32 // width))
-        digits = ((sums.to(torch.int64) + offset)[:, None] >> shifts) & ((1 << width) - 1)
-        levels = digits.reshape(-1)[: out.numel()] - largest
+        lanes = 32 // width
+        mask = (1 << width) - 1
+        offset = sum(largest << (width * lane) for lane in range(lanes))
         at = 0
         for rows, scales, _ in self._rows(out, agreed.view(torch.float32), 0):
-            rows.copy_(
-                dequantize(levels[at : at + rows.numel()].reshape(rows.shape), scales, self.codec.levels * count)
-            )
-            at += rows.numel()
+            stride = -(-rows.shape[1] // lanes)
+            words = sums[at : at + len(rows) * stride].view(len(rows), stride).to(torch.int64) + offset
+            for lane in range(lanes):
+                part = rows[:, lane * stride : (lane + 1) * stride]
+                levels = ((words[:, : part.shape[1]] >> (lane * width)) & mask) - largest
+                part.copy_(dequantize(levels, scales, self.codec.levels * count))
+            at += words.numel()
 
     def scales(self, x: torch.Tensor) -> torch.Tensor:
         """:meth:`hvd_qsgd.codecs.qsgd.QSGD.scales`."""
@@ -118,8 +131,10 @@ class QSGDKernels(Kernels):
         size = self.codec.bucket_size
         full = x.numel() // size
         bucket = first // size
-        if full:
-            yield x[: full * size].view(full, size), scales[:full], bucket
+        step = max(CHUNK // size, 1)
+        for start in range(0, full, step):
+            stop = min(start + step, full)
+            yield x[start * size : stop * size].view(stop - start, size), scales[start:stop], bucket + start
         if full * size < x.numel():
             yield x[full * size :].view(1, -1), scales[full:], bucket + full
 
@@ -129,19 +144,25 @@ class QSGDKernels(Kernels):
         lift = torch.where(scales < float(TINY), float(1 / TINY), 1.0).to(torch.float32)
         safe = torch.where(unusable, 1.0, scales * lift)
         factor = torch.full_like(safe, s << FRACTION_BITS) / safe
-        usable = torch.where(unusable[:, None], 0.0, rows)
-        fixed = torch.round((usable * lift[:, None]) * factor[:, None]).to(torch.int32)
-        value = fixed + self._fractions(rows, key, bucket) + (s << FRACTION_BITS)
-        return (value >> FRACTION_BITS) - s
+        # Multiplied by two factors one after the other, like the specification; NaN and infinity become level 0.
+        scaled = torch.where(unusable[:, None], 0.0, rows).mul_(lift[:, None]).mul_(factor[:, None]).round_()
+        value = scaled.to(torch.int32)
+        value += s << FRACTION_BITS
+        self._add_fractions(value, key, bucket)
+        value >>= FRACTION_BITS
+        value -= s
+        return value
 
-    def _fractions(self, rows: torch.Tensor, key: int, bucket: int) -> torch.Tensor:
-        count, length = rows.shape
+    def _add_fractions(self, value: torch.Tensor, key: int, bucket: int) -> None:
+        count, length = value.shape
         if self.codec.rounding == "nearest":
-            return torch.full_like(rows, 1 << (FRACTION_BITS - 1), dtype=torch.int32)
+            value += 1 << (FRACTION_BITS - 1)
+            return
         per_bucket = self.codec.bucket_size // 2
-        drawn = words(key, bucket * per_bucket, count * per_bucket, rows.device).view(count, per_bucket)
-        drawn = drawn[:, : -(-length // 2)]
-        return torch.cat([drawn & 0xFFFF, drawn >> 16], dim=1)[:, :length].to(torch.int32)
+        drawn = words(key, bucket * per_bucket, count * per_bucket, value.device).view(count, per_bucket)
+        half = -(-length // 2)
+        value[:, :half] += drawn[:, :half] & 0xFFFF
+        value[:, half:] += shift_right(drawn[:, : length - half], 16)
 
 
 def dequantize(levels: torch.Tensor, scales: torch.Tensor, largest: int) -> torch.Tensor:
