@@ -51,4 +51,5 @@ class RandomKKernels(Kernels):
         count = self.codec.sum_length(length)
         edges = torch.arange(count + 1, dtype=torch.int64, device=device) * length // max(count, 1)
         sizes = edges.diff()
-        return edges[:-1] + ((words(key, 0, count, device) * sizes) >> 32), sizes
+        drawn = words(key, 0, count, device).to(torch.int64) & 0xFFFFFFFF
+        return edges[:-1] + ((drawn * sizes) >> 32), sizes
