@@ -14,9 +14,8 @@ import torch
 
 from hvd_qsgd.torch import TopKCompressor
 
-STEPS = 60
 #: No step lasts less, so that the test can interfere in time.
-PAUSE = 0.1
+PAUSE = 0.05
 
 
 def main(directory: str) -> None:
@@ -41,10 +40,14 @@ def main(directory: str) -> None:
     def mean_residual() -> list[float]:
         return hvd.allreduce(residual(), name="residual")[:5].tolist()
 
+    def all_told_to_stop() -> bool:
+        told = torch.tensor(float(Path(directory, "stop").exists()))
+        return float(hvd.allreduce(told, name="stop")) == 1.0
+
     @hvd.elastic.run
     def train(state: hvd.elastic.TorchState) -> None:
         start = mean_residual()
-        while state.step < STEPS:
+        while not all_told_to_stop():
             time.sleep(PAUSE)
             rows = slice(hvd.rank(), None, hvd.size())
             optimizer.zero_grad()
@@ -52,11 +55,11 @@ def main(directory: str) -> None:
             loss.backward()
             optimizer.step()
             state.step += 1
-            state.commit()
             entry = {"step": state.step, "ranks": hvd.size(), "rank": hvd.rank(), "loss": float(loss)}
             weights = float(model.weight.detach().double().sum())
             with log.open("a") as file:
                 file.write(json.dumps({**entry, "weights": weights, "start": start, "mean": mean_residual()}) + "\n")
+            state.commit()
 
     train(state)
 
