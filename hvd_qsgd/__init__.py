@@ -7,7 +7,23 @@ Importing this package imports NumPy at most; frameworks and Horovod are importe
 subpackages that need them, when they need them.
 """
 
-from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK, codec_from_config
+from hvd_qsgd.codecs import (
+    QSGD,
+    Cast,
+    Codec,
+    EliasQSGD,
+    GlobalTopK,
+    Identity,
+    IntSGD,
+    PowerSGD,
+    RandomK,
+    RowTopK,
+    Scaled,
+    Sign,
+    ThresholdTopK,
+    TopK,
+    codec_from_config,
+)
 from hvd_qsgd.errors import (
     ConfigError,
     ExchangeError,
@@ -24,11 +40,20 @@ __all__ = [
     "Cast",
     "Codec",
     "ConfigError",
+    "EliasQSGD",
     "ExchangeError",
+    "GlobalTopK",
     "HvdQsgdError",
     "Identity",
+    "IntSGD",
     "PayloadError",
+    "PowerSGD",
+    "RandomK",
+    "RowTopK",
+    "Scaled",
     "SetupError",
+    "Sign",
+    "ThresholdTopK",
     "TopK",
     "UnsupportedError",
     "__version__",

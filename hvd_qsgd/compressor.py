@@ -5,21 +5,26 @@ A framework's compressor adds Horovod's ``compress`` and ``decompress``.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, TypeVar
 
 from typing_extensions import Concatenate, ParamSpec, Self
 
-from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
 from hvd_qsgd.codecs.base import Kernels, check_integer
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
-from hvd_qsgd.feedback import ErrorFeedback, check_feedback
+from hvd_qsgd.feedback import ErrorFeedback, Feedback, check_feedback
+from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.stats import Stats, TensorStats
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Of :meth:`CompressorBase.state_dict`.
+STATE_VERSION = 2
 
 
 class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
@@ -41,11 +46,13 @@ class CompressorBase:
     """Settings and state around a codec.
 
     Args:
-        codec: what is sent.
+        codec: what is sent, or a policy that says so for each tensor (see :mod:`hvd_qsgd.policies`).
         exchange: how it travels: "allgather", "scatter_gather" or "allreduce"; "by_ranks": the first
             for up to three ranks, else the second; "auto": the fastest for this network and machine, by
             a short measurement, or no compression if that would not be faster; see ``stats().decisions``.
         error_feedback: add what was lost to the next gradient; by default on for biased codecs.
+            True means ``hvd_qsgd.feedback.ErrorFeedback()``; other kinds are given as an object, whose settings
+            are taken and whose memory is not.
         min_elements: tensors with fewer elements go through Horovod's own allreduce.
         min_dims: so do tensors with fewer dimensions (biases, norms).
         seed: of the random rounding; the same seed gives the same run.
@@ -61,33 +68,39 @@ class CompressorBase:
 
     def __init__(
         self,
-        codec: Codec,
+        codec: Codec | Policy,
         *,
         exchange: str = BY_RANKS,
-        error_feedback: bool | None = None,
+        error_feedback: bool | Feedback | None = None,
         min_elements: int = 1024,
         min_dims: int = 2,
         seed: int = 0,
         fusion_elements: int = 1 << 20,
     ) -> None:
         name = type(self).__name__
-        check_exchange(exchange, codec)
+        self.policy = codec if isinstance(codec, Policy) else Fixed(codec)
+        codecs = self.policy.every_codec()
+        for codec in codecs:
+            check_exchange(exchange, codec)
         check_integer(name, "min_elements", min_elements, 0, 2**62)
         check_integer(name, "min_dims", min_dims, 0, 64)
         check_integer(name, "seed", seed, 0, 2**64 - 1)
         check_integer(name, "fusion_elements", fusion_elements, 1, 2**40)
-        self.codec = codec
         self.exchange = exchange
-        self.error_feedback = codec.biased if error_feedback is None else error_feedback
-        if self.error_feedback:
-            check_feedback(codec)
+        #: None: for tensors that may get a biased codec.
+        self.error_feedback = None if error_feedback is None else bool(error_feedback)
+        if self.error_feedback or (error_feedback is None and any(codec.biased for codec in codecs)):
+            for codec in codecs:
+                check_feedback(codec)
+        self._feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
         self.min_elements = min_elements
         self.min_dims = min_dims
         self.seed = seed
         self.fusion_elements = fusion_elements
-        self._feedback = ErrorFeedback()
         self._stats = Stats()
         self._steps: dict[str, int] = {}
+        #: What codecs remember of each tensor.
+        self._memory: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def default(cls) -> Self:
@@ -97,7 +110,9 @@ class CompressorBase:
         return cls._default  # type: ignore[return-value]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.codec}, exchange={self.exchange!r}, error_feedback={self.error_feedback})"
+        feedback = False if self.error_feedback is False else self._feedback
+        what = self.policy.only if isinstance(self.policy, Fixed) else self.policy
+        return f"{type(self).__name__}({what}, exchange={self.exchange!r}, error_feedback={feedback})"
 
     # -- what users ask --------------------------------------------------------------------
 
@@ -113,38 +128,57 @@ class CompressorBase:
 
     def _forget(self) -> None:
         self._stats = Stats()
-        self._feedback.replace({})
+        self._feedback.start()
         self._steps.clear()
+        self._memory.clear()
 
     @class_or_instance
     def state_dict(self) -> dict[str, Any]:
-        """Residuals and random steps **of this rank**.
+        """Memory and random steps **of this rank**.
 
-        Every rank has its own residuals: save this on every rank, not on rank 0 alone, and
-        load on each rank what that rank saved.
+        Every rank has its own: save this on every rank, not on rank 0 alone, and load on each
+        rank what that rank saved. For torch, :mod:`hvd_qsgd.torch.state` does it.
         """
-        residuals = {name: self._saved(value) for name, value in self._feedback.residuals.items()}
-        return {"version": 1, "config": self.codec.config(), "residuals": residuals, "steps": dict(self._steps)}
+        return {
+            "version": STATE_VERSION,
+            "config": self._saved_config(),
+            "arrays": {path: self._saved(array) for path, array in self._feedback.arrays().items()},
+            "numbers": self._feedback.numbers(),
+            "steps": dict(self._steps),
+            "memory": {
+                key: {name: v if isinstance(v, (int, float)) else self._saved(v) for name, v in part.items()}
+                for key, part in self._memory.items()
+            },
+            "policy": copy.deepcopy(self.policy.state()),
+        }
 
     @class_or_instance
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of the same rank.
 
         Raises:
-            ConfigError: it was saved with another codec or version.
+            ConfigError: it was saved with another codec, feedback or version.
         """
-        if state.get("version") != 1 or state.get("config") != self.codec.config():
+        config = self._saved_config()
+        if state.get("version") != STATE_VERSION or state.get("config") != config:
             raise ConfigError(
                 f"The state was saved by version {state.get('version')} with {state.get('config')}, and this "
-                f"compressor is version 1 with {self.codec.config()}. Use the settings of the saved run."
+                f"compressor is version {STATE_VERSION} with {config}. Use the settings of the saved run."
             )
-        self._feedback.replace({name: self._loaded(value) for name, value in state["residuals"].items()})
+        arrays = {path: self._loaded(array) for path, array in state["arrays"].items()}
+        self._feedback.load(arrays, state["numbers"])
         self._steps = dict(state["steps"])
+        self._memory = copy.deepcopy(state["memory"])
+        self.policy.load(state["policy"])
+
+    def _saved_config(self) -> dict[str, Any]:
+        feedback = {"feedback": None} if self.error_feedback is False else self._feedback.config()
+        return {**self.policy.config(), "error_feedback": feedback}
 
     @staticmethod
-    def _saved(residual: Any) -> Any:
-        """A copy of a residual, as users of the framework keep arrays."""
-        return residual.copy()
+    def _saved(array: Any) -> Any:
+        """A copy of an array, as users of the framework keep arrays."""
+        return array.copy()
 
     @staticmethod
     def _loaded(value: Any) -> Any:
@@ -165,16 +199,24 @@ class CompressorBase:
             "tensors": digest,
         }
 
-    def _reason_to_bypass(self, dtype: str, floating: bool, dims: int, elements: int, ranks: int) -> str:
+    def _feeds(self, tensor: Tensor) -> bool:
+        """Whether the tensor has feedback: from the start, if it may ever get a biased codec."""
+        if self.error_feedback is not None:
+            return self.error_feedback
+        return any(codec.biased for codec in self.policy.choices(tensor))
+
+    def _reason_to_bypass(self, tensor: Tensor, dtype: str, floating: bool, ranks: int) -> str:
         """Why a tensor is left to Horovod, from what all ranks agree on; empty to compress it."""
         if not floating:
             return f"dtype {dtype} is not a floating-point type"
-        if dims < self.min_dims:
-            return f"{dims} dimensions are fewer than min_dims={self.min_dims}"
-        if elements < max(self.min_elements, 1):
-            return f"{elements} elements are fewer than min_elements={self.min_elements}"
+        if len(tensor.shape) < self.min_dims:
+            return f"{len(tensor.shape)} dimensions are fewer than min_dims={self.min_dims}"
+        if tensor.elements < max(self.min_elements, 1):
+            return f"{tensor.elements} elements are fewer than min_elements={self.min_elements}"
         if ranks == 1:
             return "there is one rank only"
+        if self.policy.codec(tensor) is None:
+            return "the policy gives it no codec"
         return ""
 
     def _next_step(self, key: str) -> int:
@@ -196,13 +238,19 @@ class CompressorBase:
         record.payload_bytes += elements * element_size
         record.wire_bytes = record.uncompressed_wire_bytes
 
-    def _settle(self, key: str, corrected: Any, mean: Any, kernels: Kernels) -> None:
-        """Make what the exchange left of ``corrected`` the residual.
+    def _settle(self, key: str, tensor: Tensor, corrected: Any, mean: Any, kernels: Kernels) -> None:
+        """After an exchange: make what it left of ``corrected`` the memory, and show the mean to the policy.
 
         A step whose gradient is not finite will be skipped: what was fed back must not be lost with it.
         """
-        settle = self._feedback.keep if kernels.all_finite(mean) else self._feedback.discard
-        settle(key, corrected)
+        if corrected is None and not self.policy.observes:
+            return
+        finite = kernels.all_finite(mean)
+        if corrected is not None:
+            settle = self._feedback.keep if finite else self._feedback.discard
+            settle(key, corrected, mean)
+        if self.policy.observes and finite:
+            self.policy.observe(tensor, mean)
 
 
 class QSGDBase(CompressorBase):
@@ -210,6 +258,7 @@ class QSGDBase(CompressorBase):
 
     Args:
         bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
+        scaled: shrink stochastic rounding with L2 norm for error feedback; see :class:`hvd_qsgd.Scaled`.
         settings: see :class:`Compressor`.
     """
 
@@ -219,9 +268,11 @@ class QSGDBase(CompressorBase):
         bucket_size: int = 512,
         norm: str = "max",
         rounding: str = "stochastic",
+        scaled: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(QSGD(bits, bucket_size, norm, rounding), **settings)
+        codec = QSGD(bits, bucket_size, norm, rounding)
+        super().__init__(Scaled(codec) if scaled else codec, **settings)
 
 
 class TopKBase(CompressorBase):

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK, codec_from_config
+from hvd_qsgd import QSGD, Codec, codec_from_config
+from hvd_qsgd.codecs import CODECS
 from hvd_qsgd.codecs.base import MODES, Kernels
 from hvd_qsgd.collectives.simulated import simulate
-from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
+from hvd_qsgd.exchanges import Job, Piece, start_exchange
 from hvd_qsgd.exchanges.base import Steps
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.random_words import stream_of
@@ -126,7 +127,7 @@ def check_config(codec: Codec) -> None:
             setattr(codec, field.name, getattr(codec, field.name))
 
 
-CODEC_TYPES = (QSGD, TopK, Identity, Cast)
+CODEC_TYPES = tuple(CODECS.values())
 
 
 def as_is(array: np.ndarray) -> Any:
@@ -198,7 +199,7 @@ def check_average(codec: Codec, kernels: Kernels, x: np.ndarray, key: int, wrap:
     for rank in range(3):
         with np.errstate(over="ignore"):
             values = x * np.float32(rank - 0.5)
-        payload = codec.encode(values, key + rank)
+        payload = codec.encode(values, (key + rank) % 2**64)
         parts += [np.full(GUARD, FILLER, np.uint8), payload]
         spans.append((at, at + len(payload)))
         at += len(payload) + GUARD
@@ -257,8 +258,9 @@ def make_jobs(
     codecs = [codecs] * ranks if isinstance(codecs, Codec) else codecs
     jobs = []
     for rank, (codec, arrays) in enumerate(zip(codecs, inputs)):
+        owner = 0 if codec.shared_randomness else rank
         pieces = [
-            Piece(f"t{i}", x.copy(), np.full_like(x, -77), stream_of(0, rank, f"t{i}"), step, keep_error=keep_error)
+            Piece(f"t{i}", x.copy(), np.full_like(x, -77), stream_of(0, owner, f"t{i}"), step, keep_error=keep_error)
             for i, x in enumerate(arrays)
         ]
         jobs.append(Job("job", pieces, kernels_for(codec, backend), rank, ranks, np.empty))
@@ -283,7 +285,7 @@ def run_exchange(
     exchange: str, jobs: Sequence[Job], tamper: tuple[int, int, Callable[[Any], Any]] | None = None
 ) -> None:
     """Run all ranks to the end. ``tamper``: rank, number of the collective and what happens to its outcome."""
-    steps: list[Any] = [EXCHANGES[exchange](job) for job in jobs]
+    steps: list[Any] = [start_exchange(exchange, job) for job in jobs]
     if tamper is not None:
         rank, collective, change = tamper
         steps[rank] = tampered(steps[rank], collective, change)

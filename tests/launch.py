@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from hvd_qsgd import QSGD, TopK
+from hvd_qsgd import QSGD, Codec, EliasQSGD, RowTopK, Sign, TopK
 from hvd_qsgd.collectives.simulated import simulate
 from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
 from hvd_qsgd.kernels import kernels_for
@@ -137,7 +137,8 @@ def kill_tree(pid: int) -> None:
 
 def compile_kernels() -> None:
     """Compile, to the cache on disk, what otherwise all ranks would compile at the same time."""
-    pairs = [(exchange, QSGD()) for exchange in EXCHANGES] + [("allgather", TopK())]
+    codecs: list[Codec] = [QSGD(), TopK(), Sign(), RowTopK(), EliasQSGD()]
+    pairs = [(exchange, codec) for codec in codecs for exchange in codec.exchanges]
     for exchange, codec in pairs:
         arrays = [np.arange(2000, dtype=np.float32) for _ in range(2)]
         kernels = kernels_for(codec, "numba")

@@ -119,7 +119,7 @@ def test_residuals_belong_to_names_and_the_first_step_has_none() -> None:
     check_same_bits(feedback.correct("b", x), x)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["keep", "discard", "replace"])), max_size=12))
+@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["keep", "discard", "load"])), max_size=12))
 def test_memory_that_is_used_again_changes_no_residual(steps: list[tuple[str, str]]) -> None:
     """What was discarded leaves the residual as it was, whatever was kept and discarded before."""
     feedback = ErrorFeedback()
@@ -136,7 +136,7 @@ def test_memory_that_is_used_again_changes_no_residual(steps: list[tuple[str, st
         elif action == "discard":
             feedback.discard(name, corrected)
         else:
-            feedback.replace({key: value.copy() for key, value in expected.items()})
+            feedback.load({f"residual/{key}": value.copy() for key, value in expected.items()}, {})
 
 
 def test_a_residual_of_another_length_is_refused_with_the_remedy() -> None:

@@ -28,7 +28,23 @@ from checkers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_qsgd import QSGD, Cast, Codec, ConfigError, Identity, PayloadError, TopK
+from hvd_qsgd import (
+    QSGD,
+    Cast,
+    Codec,
+    ConfigError,
+    EliasQSGD,
+    GlobalTopK,
+    Identity,
+    PayloadError,
+    RandomK,
+    RowTopK,
+    Scaled,
+    Sign,
+    ThresholdTopK,
+    TopK,
+)
+from hvd_qsgd.codecs.topk_threshold import METHODS
 from hvd_qsgd.kernels import KERNELS, kernels_for
 
 #: Backends that must be here; the others are skipped, and the report says so.
@@ -59,16 +75,44 @@ CODECS: list[Codec] = [
     Identity(),
     Cast(),
     Cast("bfloat16"),
+    Sign(),
+    Sign(8),
+    RandomK(),
+    RandomK(0.3, unbiased=True),
+    RandomK(1),
+    RowTopK(),
+    RowTopK(0.2, 24),
+    RowTopK(1, 512),
+    GlobalTopK(0.1),
+    Scaled(QSGD(norm="l2")),
+    Scaled(RandomK(0.2, unbiased=True)),
 ]
+#: Whose codes are made one after the other, or whose choice depends on what was seen before: on the CPU only.
+CPU_CODECS: list[Codec] = [
+    EliasQSGD(),
+    EliasQSGD(2, 65536),
+    EliasQSGD(8, 64, "max", "nearest"),
+    ThresholdTopK(),
+    *(ThresholdTopK(0.1, method=method) for method in METHODS),
+    Scaled(EliasQSGD()),
+]
+EACH_PAIR = pytest.mark.parametrize(
+    ("backend", "codec"),
+    [pytest.param(*b.values, c, marks=b.marks) for b in BACKENDS for c in CODECS]
+    + [("numba", codec) for codec in CPU_CODECS],
+    ids=str,
+)
 
 
 def some_codec() -> st.SearchStrategy[Codec]:
     topk = st.builds(TopK, ratio=st.floats(0.01, 1), values=st.sampled_from(["float32", "float16"]))
-    return st.one_of(qsgd_codecs(), topk, st.sampled_from([Identity(), Cast(), Cast("bfloat16")]))
+    rows = st.builds(RowTopK, ratio=st.floats(0.01, 1), row=st.integers(2, 40))
+    random = st.builds(RandomK, ratio=st.floats(0.01, 1), unbiased=st.booleans())
+    others = [Identity(), Cast(), Cast("bfloat16"), Sign(8), Sign(24)]
+    return st.one_of(qsgd_codecs(), topk, rows, random, st.sampled_from(others))
 
 
-@EACH_BACKEND
-@pytest.mark.parametrize("codec", CODECS, ids=str)
+@EACH_PAIR
 def test_bytes_and_values_are_those_of_numpy(backend: str, codec: Codec) -> None:
     for number, x in enumerate(HARD.values()):
         first = codec.granularity * (0, 1, 2**23 + 7)[number % 3]
@@ -83,10 +127,28 @@ def test_bytes_and_values_are_those_of_numpy_on_any_input(
     check_kernels(codec, kernels_for(codec, backend), x, key, bucket * codec.granularity, wrapper(backend))
 
 
+@given(
+    codec=st.one_of(
+        st.builds(
+            EliasQSGD,
+            bits=st.integers(2, 8),
+            bucket_size=st.sampled_from([8, 24, 64]),
+            norm=st.sampled_from(["max", "l2"]),
+            rounding=st.sampled_from(["stochastic", "nearest"]),
+        ),
+        st.builds(ThresholdTopK, ratio=st.floats(0.01, 1), method=st.sampled_from(METHODS)),
+    ),
+    x=float32_arrays(),
+    key=st.integers(0, 2**64 - 1),
+)
+def test_bytes_of_codecs_of_the_cpu_are_those_of_numpy_on_any_input(codec: Codec, x: np.ndarray, key: int) -> None:
+    check_kernels(codec, kernels_for(codec, "numba"), x, key)
+
+
 @EACH_BACKEND
 def test_a_large_tensor_gives_the_bytes_of_numpy(backend: str) -> None:
     x = gauss(2**20 + 10**5 + 77)
-    for codec in (QSGD(), TopK()):
+    for codec in (QSGD(), TopK(), RowTopK(), RandomK(), Sign()):
         check_kernels(codec, kernels_for(codec, backend), x, 5, 0, wrapper(backend))
     check_lanes(QSGD(), kernels_for(QSGD(), backend), x, 5, 7, wrapper(backend))
 
@@ -232,7 +294,7 @@ def test_kernel_check_fails_if_the_input_is_changed() -> None:
 
 def test_every_codec_has_kernels_on_every_backend() -> None:
     for backend in KERNELS:
-        for codec in CODECS:
+        for codec in CODECS + (CPU_CODECS if backend != "torch" else []):
             assert kernels_for(codec, backend).codec == codec
     assert kernels_for(QSGD(), "numpy") == QSGD()
     assert kernels_for(QSGD(), "numba") is kernels_for(QSGD(), "numba")
@@ -263,7 +325,7 @@ def test_a_requested_backend_that_is_missing_fails(backend: str) -> None:
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()], ids=str)
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast(), Sign(), RandomK(), RowTopK()], ids=str)
 def test_a_payload_of_a_wrong_size_is_refused(backend: str, codec: Codec) -> None:
     payload = codec.encode(gauss(1000))
     for wrong in (payload[:-1], np.append(payload, np.uint8(0)), payload[:0]):

@@ -20,8 +20,10 @@ LIGHT = [
     "hvd_qsgd.engine",
     "hvd_qsgd.exchanges",
     "hvd_qsgd.feedback",
+    "hvd_qsgd.codecs.scaled",
     "hvd_qsgd.fusion",
     "hvd_qsgd.kernels",
+    "hvd_qsgd.policies",
     "hvd_qsgd.random_words",
     "hvd_qsgd.stats",
 ]

@@ -17,7 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd import (
+    QSGD,
+    Cast,
+    Codec,
+    EliasQSGD,
+    GlobalTopK,
+    Identity,
+    RandomK,
+    RowTopK,
+    Scaled,
+    Sign,
+    ThresholdTopK,
+    TopK,
+)
 from hvd_qsgd.random_words import key_of, stream_of
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -79,6 +92,18 @@ CASES = [
         with_values(gauss(21, 17), _9=np.nan),
         ranks=1000,
     ),
+    Case("elias_4bit", EliasQSGD(bucket_size=64), gauss(150, 18)),
+    Case("elias_sparse", EliasQSGD(bits=2, bucket_size=1024), gauss(1100, 19)),
+    Case("elias_fixed_width", EliasQSGD(bits=8, bucket_size=64, norm="max"), with_values(gauss(100, 20), _70=np.nan)),
+    Case("random_k", RandomK(0.1), gauss(111, 21)),
+    Case("random_k_unbiased", RandomK(0.3, unbiased=True), gauss(50, 22)),
+    Case("random_k_not_finite", RandomK(0.3), with_values(gauss(20, 23), _7=-np.inf)),
+    Case("sign", Sign(24), with_values(gauss(61, 24), _3=0.0, _4=-0.0, _30=np.nan)),
+    Case("topk_rows", RowTopK(0.1, 48), with_values(gauss(130, 25), _50=np.inf)),
+    Case("topk_rows_ties_and_zeros", RowTopK(0.5, 5), np.tile(np.array([0, 1, -1, -0.0, 1, 2], np.float32), 4)),
+    Case("topk_global", GlobalTopK(0.1), gauss(100, 26)),
+    Case("topk_threshold", ThresholdTopK(0.1, method="sample"), gauss(400, 27)),
+    Case("scaled", Scaled(QSGD(bucket_size=64, norm="l2")), gauss(100, 28)),
 ]
 
 

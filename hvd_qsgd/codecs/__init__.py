@@ -6,14 +6,58 @@ from typing import Any
 
 from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.codecs.cast import Cast
+from hvd_qsgd.codecs.elias import EliasQSGD
 from hvd_qsgd.codecs.identity import Identity
+from hvd_qsgd.codecs.intsgd import IntSGD
+from hvd_qsgd.codecs.powersgd import PowerSGD
 from hvd_qsgd.codecs.qsgd import QSGD
+from hvd_qsgd.codecs.random_k import RandomK
+from hvd_qsgd.codecs.scaled import Scaled
+from hvd_qsgd.codecs.sign import Sign
 from hvd_qsgd.codecs.topk import TopK
+from hvd_qsgd.codecs.topk_global import GlobalTopK
+from hvd_qsgd.codecs.topk_rows import RowTopK
+from hvd_qsgd.codecs.topk_threshold import ThresholdTopK
 from hvd_qsgd.errors import ConfigError
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (QSGD, TopK, Identity, Cast)}
+CODECS: dict[str, type[Codec]] = {
+    codec.name: codec
+    for codec in (
+        QSGD,
+        TopK,
+        Identity,
+        Cast,
+        Scaled,
+        RandomK,
+        Sign,
+        EliasQSGD,
+        RowTopK,
+        GlobalTopK,
+        ThresholdTopK,
+        PowerSGD,
+        IntSGD,
+    )
+}
 
-__all__ = ["CODECS", "QSGD", "Cast", "Codec", "Identity", "Kernels", "TopK", "codec_from_config"]
+__all__ = [
+    "CODECS",
+    "QSGD",
+    "Cast",
+    "Codec",
+    "EliasQSGD",
+    "GlobalTopK",
+    "Identity",
+    "IntSGD",
+    "Kernels",
+    "PowerSGD",
+    "RandomK",
+    "RowTopK",
+    "Scaled",
+    "Sign",
+    "ThresholdTopK",
+    "TopK",
+    "codec_from_config",
+]
 
 
 def codec_from_config(config: dict[str, Any]) -> Codec:

@@ -52,6 +52,13 @@ class Kernels(ABC):
             self.decode_into(message[start:stop], out, "add" if index else "set")
         out /= len(spans)
 
+    def with_memory(self, memory: dict[str, Any]) -> Kernels:
+        """The kernels for one tensor of one rank, for codecs that learn from step to step.
+
+        ``memory`` is kept for the tensor, starts empty and is saved in checkpoints.
+        """
+        return self
+
     def all_finite(self, x: Any) -> bool:
         """Whether ``x`` holds neither NaN nor an infinity."""
         # NumPy arrays and torch tensors both compare; NaN is not below infinity either.
@@ -70,6 +77,10 @@ class Codec(Kernels):
     exchanges: ClassVar[tuple[str, ...]] = ("allgather", "scatter_gather")
     #: Whether the size of a payload depends on the values.
     variable_size: ClassVar[bool] = False
+    #: Whether the tensors of a fusion buffer are encoded as one.
+    whole_buffer: ClassVar[bool] = False
+    #: Whether all ranks must draw the same random words.
+    shared_randomness: ClassVar[bool] = False
 
     @property
     def codec(self) -> Codec:  # type: ignore[override]
@@ -88,6 +99,14 @@ class Codec(Kernels):
     def biased(self) -> bool:
         """Whether the expectation of the decoded value differs from the input."""
         return False
+
+    @property
+    def omega(self) -> float:
+        """Bound of E||C(x) - x||^2 / ||x||^2 of an unbiased codec whose error can exceed its input; else 0.
+
+        Feedback around a codec diverges from 1 on (see :func:`hvd_qsgd.feedback.check_feedback`).
+        """
+        return 0.0
 
     @property
     def value_dtype(self) -> type | None:

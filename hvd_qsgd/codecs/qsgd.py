@@ -86,6 +86,11 @@ class QSGD(Codec):
         d, s = self.bucket_size, self.levels
         return min(d / s**2, d**0.5 / s)
 
+    @property
+    def omega(self) -> float:
+        # With max norm an error is at most one level, whatever is fed back: residuals stay bounded.
+        return self.variance_bound() if self.norm == "l2" and self.rounding == "stochastic" else 0.0
+
     # -- sizes ---------------------------------------------------------------------------
 
     def buckets(self, length: int) -> int:

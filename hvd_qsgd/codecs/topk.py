@@ -85,15 +85,19 @@ class TopK(Codec):
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         magnitudes = x.view(np.uint32) & ABS_MASK
-        finite = not x.size or bool(magnitudes.max() < INFINITY_BITS)
+        if x.size and magnitudes.max() >= INFINITY_BITS:
+            return self.write_not_finite(out)
         positions = largest_positions(magnitudes, min(self.kept(x.size), int(np.count_nonzero(magnitudes))))
-        return self.pack_into(x, positions, finite, out)
+        return self.write(x, positions, out)
 
-    def pack_into(self, x: np.ndarray, positions: np.ndarray, finite: bool, out: np.ndarray) -> int:
-        """Write the payload that keeps the values at ``positions``, and return its size."""
-        if not finite:
-            out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
-            return HEADER.size
+    @staticmethod
+    def write_not_finite(out: np.ndarray) -> int:
+        """Write the payload of a tensor that holds NaN or an infinity; returns its size."""
+        out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
+        return HEADER.size
+
+    def write(self, x: np.ndarray, positions: np.ndarray, out: np.ndarray) -> int:
+        """Write the payload of the values at ascending positions; returns its size."""
         form, low_bits = smallest_form(x.size, len(positions))
         parts = [
             np.frombuffer(HEADER.pack(form, low_bits, len(positions)), np.uint8),

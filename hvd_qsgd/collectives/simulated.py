@@ -54,11 +54,13 @@ def _alltoall(requests: list[AllToAll]) -> list[Any]:
 
 
 def _allreduce(requests: list[AllReduce]) -> list[Any]:
-    total = requests[0].array.astype(np.int64)
+    exact = np.int64 if requests[0].array.dtype == np.int32 else np.float32
+    total = requests[0].array.astype(exact)
     for request in requests[1:]:
         if len(request.array) != len(total):
             raise ExchangeError(f"allreduce {request.name!r}: {len(request.array)} and {len(total)} words")
         total = np.maximum(total, request.array) if request.op == "max" else total + request.array
-    if (total != total.astype(np.int32)).any():
+    dtype = requests[0].array.dtype
+    if exact is np.int64 and (total != total.astype(np.int32)).any():
         raise ExchangeError(f"allreduce {requests[0].name!r} overflows int32")
-    return [total.astype(np.int32) for _ in requests]
+    return [total.astype(dtype) for _ in requests]

@@ -11,21 +11,44 @@ from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges.allgather import ALLGATHER
 from hvd_qsgd.exchanges.allreduce import ALLREDUCE
 from hvd_qsgd.exchanges.base import Exchange, Job, Piece, Steps
+from hvd_qsgd.exchanges.intsgd import INTSGD
+from hvd_qsgd.exchanges.joined import joined
+from hvd_qsgd.exchanges.linear import LINEAR
+from hvd_qsgd.exchanges.powersgd import POWERSGD
 from hvd_qsgd.exchanges.scatter_gather import SCATTER_GATHER
 
 EXCHANGES: dict[str, Exchange] = {
     "allgather": ALLGATHER,
     "scatter_gather": SCATTER_GATHER,
     "allreduce": ALLREDUCE,
+    "linear": LINEAR,
+    "powersgd": POWERSGD,
+    "intsgd": INTSGD,
 }
 #: Chosen by the number of ranks; chosen by measurement, which may also turn compression off.
 BY_RANKS, AUTO = "by_ranks", "auto"
 
-__all__ = ["AUTO", "BY_RANKS", "EXCHANGES", "Exchange", "Job", "Piece", "Steps", "check_exchange", "choose_exchange"]
+__all__ = [
+    "AUTO",
+    "BY_RANKS",
+    "EXCHANGES",
+    "Exchange",
+    "Job",
+    "Piece",
+    "Steps",
+    "check_exchange",
+    "choose_exchange",
+    "start_exchange",
+]
 
 
 def check_exchange(exchange: str, codec: Codec) -> None:
     """Raise ConfigError unless ``exchange`` is a choice to be made or an exchange that can carry the codec."""
+    if exchange == AUTO and "allgather" not in codec.exchanges:
+        raise ConfigError(
+            f"exchange={exchange!r} measures how long encoding takes, and the codec {codec.name!r} encodes nothing by "
+            f"itself; it travels by {', '.join(codec.exchanges)}."
+        )
     if exchange in (BY_RANKS, AUTO):
         return
     if exchange not in EXCHANGES:
@@ -39,9 +62,17 @@ def check_exchange(exchange: str, codec: Codec) -> None:
 def choose_exchange(exchange: str, codec: Codec, ranks: int) -> str:
     """The exchange that "by_ranks" means.
 
-    allgather sends (n-1) payloads a rank and scatter_gather 2 (n-1)/n, but in two phases
-    and with a second rounding: it pays from four ranks.
+    Codecs whose messages add up go by an allreduce of their own. Of the others allgather sends
+    (n-1) payloads a rank and scatter_gather 2 (n-1)/n, but in two phases and with a second
+    rounding: it pays from four ranks.
     """
     if exchange != BY_RANKS:
         return exchange
+    if not set(codec.exchanges) & {"allgather", "scatter_gather"} or "linear" in codec.exchanges:
+        return codec.exchanges[0]
     return "scatter_gather" if ranks >= 4 and "scatter_gather" in codec.exchanges else "allgather"
+
+
+def start_exchange(exchange: str, job: Job) -> Steps:
+    """The steps of an exchange by name, with the pieces joined if the codec encodes them as one."""
+    return joined(EXCHANGES[exchange], job) if job.codec.whole_buffer else EXCHANGES[exchange](job)

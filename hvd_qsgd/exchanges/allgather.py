@@ -18,7 +18,7 @@ def allgather(job: Job) -> Steps:
     write_header(message, fingerprint)
     at = head
     for index, piece in enumerate(job.pieces):
-        size = job.kernels.encode_into(piece.x, message[at:], piece.key(), piece.first)
+        size = job.kernels.with_memory(piece.memory).encode_into(piece.x, message[at:], piece.key(), piece.first)
         write_header(message[4 * (1 + index) :], size)
         if piece.keep_error:
             job.kernels.decode_into(message[at : at + size], piece.x, "subtract")

@@ -43,7 +43,7 @@ class AllToAll:
 
 @dataclass
 class AllReduce:
-    """Reduce int32 words in place with "sum" or "max"; the outcome is the array."""
+    """Reduce int32 words, or add up float32 ones, in place with "sum" or "max"; the outcome is the array."""
 
     name: str
     array: Any
@@ -91,6 +91,8 @@ class Piece:
         stream, step: of the random words (see :mod:`hvd_qsgd.random_words`).
         first: position of ``x[0]`` in its tensor.
         keep_error: leave in ``x`` what this rank could not send: the new residual.
+        shape: of the tensor, if the piece is all of it.
+        memory: what the codec remembers of the tensor on this rank (see ``Kernels.with_memory``).
     """
 
     name: str
@@ -100,6 +102,8 @@ class Piece:
     step: int = 0
     first: int = 0
     keep_error: bool = False
+    shape: tuple[int, ...] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
     #: Set by the exchange: the size of this rank's payload of the piece.
     payload_bytes: int = field(default=0, init=False)
 
@@ -221,8 +225,8 @@ class Exchange:
     #: Of a codec, a number of elements and a number of ranks.
     work: Callable[[Codec, int, int], Work]
     #: The collectives that it yields, in order, for frameworks that build their graph beforehand: "allgather",
-    #: "alltoall", "max" and "sum".
-    phases: tuple[str, ...]
+    #: "alltoall", "max" and "sum" of int32 words. Empty where that does not describe it.
+    phases: tuple[str, ...] = ()
 
     def __call__(self, job: Job) -> Steps:
         return self.steps(job)

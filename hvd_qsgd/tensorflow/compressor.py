@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +27,11 @@ from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Costs, Decision, decide, measure_costs
 from hvd_qsgd.engine import run_exchange
-from hvd_qsgd.errors import UnsupportedError
-from hvd_qsgd.exchanges import AUTO, choose_exchange
+from hvd_qsgd.errors import ConfigError, UnsupportedError
+from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.policies import Tensor
 from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site
 from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan, aligned_empty
 
@@ -93,6 +93,12 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     def __init__(self, codec: Codec, **settings: Any) -> None:
         super().__init__(codec, **settings)
+        if not isinstance(codec, Codec) or not all(EXCHANGES[name].phases for name in codec.exchanges):
+            raise ConfigError(
+                f"{codec} is for torch only. With TensorFlow, use a codec that travels by allgather, scatter_gather "
+                f"or allreduce, and one for all tensors."
+            )
+        self.codec = codec
         self._names = VariableNames()
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0
@@ -146,7 +152,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     def serialize(self) -> bytes:
         """:meth:`state_dict` as bytes, for ``tf.train.Checkpoint``."""
         state = self.state_dict()
-        arrays = {f"residuals/{name}": array for name, array in state.pop("residuals").items()}
+        arrays = {f"arrays/{path}": array for path, array in state.pop("arrays").items()}
         stream = io.BytesIO()
         np.savez(stream, state=np.frombuffer(json.dumps(state).encode(), np.uint8), **arrays)
         return stream.getvalue()
@@ -156,7 +162,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         with np.load(io.BytesIO(string_value), allow_pickle=False) as arrays:
             state = json.loads(arrays["state"].tobytes())
             names = [name for name in arrays.files if name != "state"]
-            state["residuals"] = {name.removeprefix("residuals/"): arrays[name] for name in names}
+            state["arrays"] = {name.removeprefix("arrays/"): arrays[name] for name in names}
         self.load_state_dict(state)
 
     # -- parts of compress ---------------------------------------------------------------------
@@ -206,11 +212,12 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         dims = tuple(shape.as_list()) if known else ()
         reason = "its shape is not known when the graph is traced"
         if known:
+            described = Tensor(name or "", dims)
             reason = self._reason_to_bypass(
-                tensor.dtype.name, tensor.dtype.is_floating, len(dims), math.prod(dims), site.process_set.size()
+                described, tensor.dtype.name, tensor.dtype.is_floating, site.process_set.size()
             )
         if name is None:
-            if self.error_feedback and not reason:
+            if not reason and self._feeds(Tensor("", dims)):
                 raise UnsupportedError(
                     "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
                     "Pass name=, or a compressor with error_feedback=False."

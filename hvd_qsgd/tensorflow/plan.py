@@ -23,10 +23,11 @@ import tensorflow as tf
 from hvd_qsgd.buffers import Buffers
 from hvd_qsgd.collectives.horovod_tensorflow import INPUTS, HorovodCollectives, emit, inputs_of, outcome_of
 from hvd_qsgd.errors import ExchangeError
-from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
+from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, start_exchange
 from hvd_qsgd.exchanges.base import Steps
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.policies import Tensor
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.tensorflow.floats import with_subnormals
 
@@ -59,6 +60,10 @@ class Entry:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def described(self) -> Tensor:
+        return Tensor(self.key, self.shape)
 
 
 @dataclass
@@ -234,6 +239,8 @@ class Plan:
                 step=passage.step,
                 first=part.start,
                 keep_error=passage.corrected is not None,
+                shape=self.entries[index].shape,
+                memory=self._compressor._memory.setdefault(part.name, {}),
             )
             pieces.append((passage, piece))
         job = Job(
@@ -246,15 +253,15 @@ class Plan:
         )
         for passage, piece in pieces:
             passage.pieces.append((piece, job))
-        steps = EXCHANGES[self.exchange](job)
+        steps = start_exchange(self.exchange, job)
         run.flights[number] = (job, steps)
         return inputs_of(next(steps))
 
     def _prepare(self, index: int, passage: Passage, x: np.ndarray) -> None:
         entry = self.entries[index]
         passage.step = self._compressor._next_step(entry.key)
-        if self._compressor.error_feedback:
-            passage.corrected = self._compressor._feedback.correct(entry.key, x)
+        if self._compressor._feeds(entry.described):
+            passage.corrected = self._compressor._feedback.correct(entry.key, x, self._ranks)
         out = self._outs.pop(index, None)
         # Nobody has it any more if only this name and the argument of getrefcount refer to it.
         if out is None or sys.getrefcount(out) > 2:
@@ -284,8 +291,7 @@ class Plan:
             record.payload_bytes += piece.payload_bytes
             record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
         out: np.ndarray = passage.out
-        if passage.corrected is not None:
-            self._compressor._settle(entry.key, passage.corrected, out, self._kernels)
+        self._compressor._settle(entry.key, entry.described, passage.corrected, out, self._kernels)
         if float(carrier) != 1.0:
             out *= np.float32(carrier)
         self._outs[index] = out

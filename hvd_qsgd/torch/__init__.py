@@ -11,5 +11,33 @@ from hvd_qsgd.torch.compressor import (
     QSGDCompressor,
     TopKCompressor,
 )
+from hvd_qsgd.torch.dgc import DGCCompressor
+from hvd_qsgd.torch.family import (
+    EliasQSGDCompressor,
+    GlobalTopKCompressor,
+    IntSGDCompressor,
+    PowerSGDCompressor,
+    RandomKCompressor,
+    RowTopKCompressor,
+    SignCompressor,
+    ThresholdTopKCompressor,
+)
+from hvd_qsgd.torch.state import CompressorStateHandler
 
-__all__ = ["CastCompressor", "Compressor", "IdentityCompressor", "QSGDCompressor", "TopKCompressor"]
+__all__ = [
+    "CastCompressor",
+    "Compressor",
+    "CompressorStateHandler",
+    "DGCCompressor",
+    "EliasQSGDCompressor",
+    "GlobalTopKCompressor",
+    "IdentityCompressor",
+    "IntSGDCompressor",
+    "PowerSGDCompressor",
+    "QSGDCompressor",
+    "RandomKCompressor",
+    "RowTopKCompressor",
+    "SignCompressor",
+    "ThresholdTopKCompressor",
+    "TopKCompressor",
+]

@@ -46,14 +46,19 @@ class Rehearsal:
 
 
 class Advisor:
-    """Decides for one codec. Measures once for each process set, its size and each device."""
+    """Decides. Measures once for each codec, process set and its size, and device."""
 
-    def __init__(self, codec: Codec) -> None:
-        self._codec = codec
+    def __init__(self) -> None:
         self._costs: dict[tuple[Any, ...], Costs] = {}
 
     def decide(
-        self, process_set: Any, device: torch.device, elements: int, bundles: int = 1, backward: float = 0.0
+        self,
+        codec: Codec,
+        process_set: Any,
+        device: torch.device,
+        elements: int,
+        bundles: int = 1,
+        backward: float = 0.0,
     ) -> Decision:
         """The same decision on all ranks, which must all ask at the same point of their program.
 
@@ -64,9 +69,9 @@ class Advisor:
         """
         collectives = HorovodCollectives(process_set)
         name, empty = f"set{process_set.process_set_id}.costs", empty_on(device)
-        key = (process_set.process_set_id, collectives.ranks, device)
+        key = (codec, process_set.process_set_id, collectives.ranks, device)
         if key not in self._costs:
-            steps = measure_costs(kernels_on(self._codec, device), collectives.ranks, empty, name)
+            steps = measure_costs(kernels_on(codec, device), collectives.ranks, empty, name)
             self._costs[key] = run_exchange(steps, collectives)
         (hidden,) = run_exchange(agree_on_largest([backward], empty, f"{name}.backward"), collectives)
-        return decide(self._costs[key], self._codec, elements, collectives.ranks, bundles, hidden)
+        return decide(self._costs[key], codec, elements, collectives.ranks, bundles, hidden)

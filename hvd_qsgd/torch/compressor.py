@@ -12,14 +12,16 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
-from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.torch.auto import Advisor, Rehearsal
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
@@ -60,9 +62,12 @@ class OptimizerState:
     """What a compressor knows of one distributed optimizer."""
 
     index: int
-    bundles: dict[str, list[tuple[Slice, Bundle]]]
+    #: None until they are made, and when they must be made anew.
+    bundles: dict[str, list[tuple[Slice, Bundle]]] | None = None
+    #: Of each compressed tensor.
+    codecs: dict[str, Codec] = field(default_factory=dict)
     #: Compares the settings of all ranks; None once they were found equal.
-    agreement: Agreement | None
+    agreement: Agreement | None = None
     #: Whether gradients came since the last synchronize().
     fresh: bool = False
     #: Of exchange="auto".
@@ -81,11 +86,15 @@ class Compressor(CompressorBase):
 
     framework = "torch"
 
-    def __init__(self, codec: Codec, **settings: Any) -> None:
+    def __init__(self, codec: Codec | Policy, **settings: Any) -> None:
         super().__init__(codec, **settings)
+        if self.exchange == AUTO and not (isinstance(self.policy, Fixed) and self.policy.only is not None):
+            raise ConfigError(
+                f"exchange='auto' decides for one codec, and {self.policy} has several or none. Leave exchange= out."
+            )
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
-        self._advisor = Advisor(codec)
+        self._advisor = Advisor()
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
         self._single: dict[tuple[Any, ...], list[tuple[Slice, Bundle]]] = {}
@@ -108,7 +117,7 @@ class Compressor(CompressorBase):
         key = site.name if state is None else f"{state.index}/{site.name}"
         if state is not None and self._already_synchronized(site, state):
             return self._carrier(site, tensor), Unchanged(tensor)
-        reason = self._bypass_reason(tensor, site.process_set)
+        reason = self._bypass_reason(site.name, tensor, site.process_set)
         if reason:
             return self._bypass(key, tensor, site, reason)
         if self.exchange == AUTO:
@@ -120,16 +129,18 @@ class Compressor(CompressorBase):
                 return carried, Undecided(site, unchanged)
             if decision.exchange == UNCOMPRESSED:
                 return self._bypass(key, tensor, site, f'exchange="auto": {decision}')
-        if self.error_feedback and not site.named:
+        if self._feeds(tensor_of(site.name, tensor)) and not site.named:
             raise UnsupportedError(
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
                 "Pass name=, or a compressor with error_feedback=False."
             )
         context = self._context(site, key, tensor)
-        bundles = self._bundles(site, tensor) if state is None else state.bundles[site.name]
+        bundles = self._bundles(site, tensor) if state is None or state.bundles is None else state.bundles[site.name]
         step = self._next_step(key)
         source = context.corrected if context.corrected is not None else array_of(tensor)
-        stream = stream_of(self.seed, bundles[0][1].collectives.rank, key)
+        owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
+        stream = stream_of(self.seed, owner, key)
+        memory = self._memory.setdefault(key, {})
         for part, bundle in bundles:
             piece = Piece(
                 name=part.name,
@@ -139,6 +150,8 @@ class Compressor(CompressorBase):
                 step=step,
                 first=part.start,
                 keep_error=context.corrected is not None,
+                shape=tuple(tensor.shape),
+                memory=memory,
             )
             flight = bundle.flight_for(part)
             context.flights.append((part, flight))
@@ -175,16 +188,51 @@ class Compressor(CompressorBase):
             record.exchange, record.bypassed = flight.exchange, ""
             record.payload_bytes += piece.payload_bytes
             record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
-        if context.corrected is not None:
-            self._settle(context.key, context.corrected, context.out, job.kernels)
+        described = tensor_of(context.site.name, context.tensor)
+        self._settle(context.key, described, context.corrected, context.out, job.kernels)
         mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
         if mean.data_ptr() == context.tensor.data_ptr():
             return scaled(context.tensor, tensor)
         return scaled(mean, tensor).to(context.tensor.dtype).view(context.tensor.shape)
 
+    @class_or_instance
+    def set_epoch(self, epoch: int, learning_rate: float | None = None) -> None:
+        """Start an epoch (0, 1, ...), for policies that change with time; call it on all ranks, between steps.
+
+        Rank 0 decides for all.
+        """
+        if isinstance(self.policy, Fixed):
+            return
+        decisions = self.policy.decide(epoch, learning_rate)
+        self.policy.apply(hvd.broadcast_object(decisions, root_rank=0, name="hvd_qsgd.policy"))
+        self.replan()
+
+    # -- what users ask --------------------------------------------------------------------
+
+    @class_or_instance
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`hvd_qsgd.compressor.CompressorBase.load_state_dict`."""
+        super().load_state_dict(state)
+        self.replan()
+
+    @class_or_instance
+    def check_state(self) -> None:
+        """Check what must hold between the memories of all ranks; call it on all of them.
+
+        Raises:
+            ExchangeError: it does not hold (only EF21 has such an invariant).
+        """
+
+        def average(name: str, array: Any) -> Any:
+            tensor = torch.as_tensor(array)
+            mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
+            return mean.numpy() if tensor.device.type == "cpu" else mean
+
+        self._feedback.check(average)
+
     @staticmethod
-    def _saved(residual: Any) -> Any:
-        return torch.as_tensor(residual).clone()
+    def _saved(array: Any) -> Any:
+        return torch.as_tensor(array).clone()
 
     @staticmethod
     def _loaded(value: Any) -> Any:
@@ -197,12 +245,32 @@ class Compressor(CompressorBase):
             return None
         state = self._optimizers.get(site.optimizer)
         if state is None:
-            plan = self._plan(site, self.exchange)
-            agreement = Agreement(f"settings.{self._optimizers_seen}", self._settings(plan), site.process_set)
-            state = OptimizerState(self._optimizers_seen, plan, agreement)
+            state = self._optimizers[site.optimizer] = OptimizerState(self._optimizers_seen)
             self._optimizers_seen += 1
-            self._optimizers[site.optimizer] = state
+        if state.bundles is None:
+            plan = self._make_bundles(state, site)
+            state.agreement = Agreement(f"settings.{state.index}", self._plan_settings(plan), site.process_set)
         return state
+
+    def _make_bundles(self, state: OptimizerState, site: CallSite) -> dict[str, list[tuple[Slice, Bundle]]]:
+        exchange = state.decision.exchange if state.decision is not None else self.exchange
+        plan = state.bundles = self._plan(site.optimizer, site.process_set, exchange)
+        codecs = {name: bundles[0][1].codec for name, bundles in plan.items()}
+        for name, codec in codecs.items():
+            if state.codecs.get(name, codec) != codec:
+                # What one codec learned of a tensor means nothing to another.
+                self._memory.pop(f"{state.index}/{name}", None)
+        state.codecs = codecs
+        return plan
+
+    def replan(self) -> None:
+        """Make the bundles anew before the next gradient, and compare settings again; on all ranks.
+
+        After the policy has changed, or after the ranks have.
+        """
+        self._single.clear()
+        for state in self._optimizers.values():
+            state.bundles = None
 
     def _settled(self, state: OptimizerState) -> None:
         """Gradients come back: by now all ranks have said what their settings are."""
@@ -211,43 +279,48 @@ class Compressor(CompressorBase):
             state.agreement.check()
             state.agreement = None
 
-    def _plan(self, site: CallSite, exchange: str) -> dict[str, list[tuple[Slice, Bundle]]]:
+    def _plan(self, optimizer: Any, process_set: Any, exchange: str) -> dict[str, list[tuple[Slice, Bundle]]]:
         """Bundles of all gradients that this optimizer will hand in, last layers first."""
-        optimizer = site.optimizer
-        by_device: dict[torch.device, list[tuple[str, int]]] = {}
+        self.policy.check_names(optimizer._parameter_names.values())
+        by_kind: dict[tuple[torch.device, Codec], list[tuple[str, int]]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in reversed(parameters):
-            if parameter in optimizer._requires_update and not self._bypass_reason(parameter, site.process_set):
-                entry = (optimizer._parameter_names[parameter], parameter.numel())
-                by_device.setdefault(parameter.device, []).append(entry)
+            name = optimizer._parameter_names[parameter]
+            if parameter in optimizer._requires_update and not self._bypass_reason(name, parameter, process_set):
+                kind = (parameter.device, self._codec(name, parameter))
+                by_kind.setdefault(kind, []).append((name, parameter.numel()))
         plan: dict[str, list[tuple[Slice, Bundle]]] = {}
-        for device, lengths in by_device.items():
-            self._add_bundles(plan, lengths, device, site.process_set, exchange)
+        for (device, codec), lengths in by_kind.items():
+            self._add_bundles(plan, lengths, codec, device, process_set, exchange)
         return plan
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        key = self._single_key(site, tensor)
+        codec, key = self._codec(site.name, tensor), self._single_key(site, tensor)
         if key not in self._single:
-            # Everybody is in the same call here, so the answer can be awaited at once.
-            Agreement(f"settings.{site.name}", self._settings([site.name]), site.process_set).check()
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
             exchange = self._decisions[key].exchange if key in self._decisions else self.exchange
-            self._add_bundles(plan, [(site.name, tensor.numel())], tensor.device, site.process_set, exchange)
+            self._add_bundles(plan, [(site.name, tensor.numel())], codec, tensor.device, site.process_set, exchange)
+            # Everybody is in the same call here, so the answer can be awaited at once.
+            Agreement(f"settings.{site.name}", self._plan_settings(plan), site.process_set).check()
             self._single[key] = plan[site.name]
         return self._single[key]
+
+    def _plan_settings(self, plan: dict[str, list[tuple[Slice, Bundle]]]) -> dict[str, Any]:
+        return self._settings((name, repr(bundles[0][1].codec)) for name, bundles in plan.items())
 
     def _add_bundles(
         self,
         plan: dict[str, list[tuple[Slice, Bundle]]],
         lengths: list[tuple[str, int]],
+        codec: Codec,
         device: torch.device,
         process_set: Any,
         exchange: str,
     ) -> None:
-        for slices in plan_bundles(lengths, self.codec.granularity, self.fusion_elements):
+        for slices in plan_bundles(lengths, codec.granularity, self.fusion_elements):
             prefix = f"set{process_set.process_set_id}."
-            bundle = Bundle(slices, self.codec, exchange, device, process_set, prefix)
+            bundle = Bundle(slices, codec, exchange, device, process_set, prefix)
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
 
@@ -264,11 +337,15 @@ class Compressor(CompressorBase):
         state.fresh = True
         return False
 
-    def _bypass_reason(self, tensor: torch.Tensor, process_set: Any) -> str:
+    def _codec(self, name: str, tensor: torch.Tensor) -> Codec:
+        codec = self.policy.codec(tensor_of(name, tensor))
+        assert codec is not None, "tensors without a codec are left to Horovod"
+        return codec
+
+    def _bypass_reason(self, name: str, tensor: torch.Tensor, process_set: Any) -> str:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return self._reason_to_bypass(
-            dtype, tensor.dtype.is_floating_point, tensor.dim(), tensor.numel(), process_set.size()
-        )
+        described = tensor_of(name, tensor)
+        return self._reason_to_bypass(described, dtype, tensor.dtype.is_floating_point, process_set.size())
 
     # -- exchange="auto" --------------------------------------------------------------------
 
@@ -279,7 +356,8 @@ class Compressor(CompressorBase):
         key = self._single_key(site, tensor)
         if key not in self._decisions:
             # Everybody is in the same call here, and can measure at once.
-            decision = self._advisor.decide(site.process_set, tensor.device, tensor.numel())
+            codec = self._codec(site.name, tensor)
+            decision = self._advisor.decide(codec, site.process_set, tensor.device, tensor.numel())
             self._decisions[key] = decision
             self._stats.decisions[site.name] = str(decision)
         return self._decisions[key]
@@ -290,20 +368,21 @@ class Compressor(CompressorBase):
         self._settled(state)
         if not state.rehearsal.lands(undecided.site.name):
             return
+        assert state.bundles is not None
         slices = [entry for entries in state.bundles.values() for entry in entries]
         bundles = {id(bundle): bundle for _, bundle in slices}
         elements = sum(part.stop - part.start for part, _ in slices)
-        device = slices[0][1].device
+        first = slices[0][1]
         state.decision = self._advisor.decide(
-            undecided.site.process_set, device, elements, len(bundles), state.rehearsal.backward
+            first.codec, undecided.site.process_set, first.device, elements, len(bundles), state.rehearsal.backward
         )
         self._stats.decisions[f"optimizer {state.index}"] = str(state.decision)
         if state.decision.exchange != UNCOMPRESSED:
-            state.bundles = self._plan(undecided.site, state.decision.exchange)
+            self._make_bundles(state, undecided.site)
 
     @staticmethod
     def _single_key(site: CallSite, tensor: torch.Tensor) -> tuple[Any, ...]:
-        return (site.name, tensor.numel(), tensor.device, site.process_set.process_set_id)
+        return (site.name, tuple(tensor.shape), tensor.device, site.process_set.process_set_id)
 
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
         self._record_bypassed(key, tensor.numel(), tensor.element_size(), site.process_set.size(), reason)
@@ -313,13 +392,19 @@ class Compressor(CompressorBase):
         return tensor, None
 
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
-        corrected = self._feedback.correct(key, array_of(tensor)) if self.error_feedback else None
+        corrected = None
+        if self._feeds(tensor_of(site.name, tensor)):
+            corrected = self._feedback.correct(key, self._gradient(site, tensor), site.process_set.size())
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad
         # Memory from NumPy comes in huge pages: touching 100 MB from torch for the first time can take 100 ms.
         out = array_of(tensor) if in_place else empty_on(tensor.device)(tensor.numel(), "float32")
         return Context(site, key, tensor, out, corrected=corrected)
+
+    def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
+        """What feedback starts from."""
+        return array_of(tensor)
 
     @staticmethod
     def _carrier(site: CallSite, tensor: torch.Tensor) -> torch.Tensor:
@@ -329,6 +414,11 @@ class Compressor(CompressorBase):
             return torch.ones(1, dtype=dtype, device=tensor.device)
         # On the CPU, so that reading it does not wait for a device; float64 makes 1/n * n exact in float32.
         return torch.ones(1, dtype=torch.float64)
+
+
+def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
+    """What a policy knows of a tensor."""
+    return Tensor(name, tuple(tensor.shape))
 
 
 def array_of(tensor: torch.Tensor) -> Any:

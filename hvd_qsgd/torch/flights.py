@@ -15,7 +15,7 @@ from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.engine import Engine, Task
 from hvd_qsgd.errors import ExchangeError
-from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, choose_exchange
+from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.fusion import Slice
 from hvd_qsgd.kernels import kernels_for
@@ -83,7 +83,7 @@ class Flight:
             empty=bundle.buffers_for(self),
         )
         bundle.open_flight = None
-        self._task = ENGINE.submit(EXCHANGES[self.exchange](self.job), collectives)
+        self._task = ENGINE.submit(start_exchange(self.exchange, self.job), collectives)
 
     def wait(self) -> Job:
         """The finished job. Starts it if some pieces never came, which is so on all ranks

@@ -59,7 +59,7 @@ def test_against_the_definition(compressor: Callable[[], Compressor], mode: Call
         (result,) = reduced(tf.constant(normal(SHAPE, step)))
         assert_equal(result, mean)
         assert_same_on_all_ranks([result])
-    assert_equal(compressor.state_dict()["residuals"]["w"].reshape(SHAPE), residuals[hvd.rank()])
+    assert_equal(compressor.state_dict()["arrays"]["residual/w"].reshape(SHAPE), residuals[hvd.rank()])
 
 
 @pytest.mark.parametrize("exchange", ["scatter_gather", "allreduce"])
@@ -71,7 +71,7 @@ def test_what_was_lost_comes_later(exchange: str) -> None:
     for step in range(4):
         total += reduced(tf.constant(normal(SHAPE, step)))[0].numpy()
         wanted += np.mean(gather(normal(SHAPE, step)), axis=0)
-    residuals = gather(compressor.state_dict()["residuals"]["w"])
+    residuals = gather(compressor.state_dict()["arrays"]["residual/w"])
     np.testing.assert_allclose(total + np.mean(residuals, axis=0).reshape(SHAPE), wanted, atol=1e-5)
 
 
@@ -89,12 +89,12 @@ def test_a_step_that_is_not_finite_leaves_residuals_as_they_were(exchange: str) 
     compressor = QSGDCompressor(rounding="nearest", exchange=exchange)
     reduced = make(compressor)
     reduced(tf.constant(normal(SHAPE)))
-    before = compressor.state_dict()["residuals"]["w"]
+    before = compressor.state_dict()["arrays"]["residual/w"]
     spoiled = normal(SHAPE, 1)
     if hvd.rank() == 0:
         spoiled[5, 5] = np.nan
     assert np.isnan(reduced(tf.constant(spoiled))[0]).any()
-    assert_equal(compressor.state_dict()["residuals"]["w"], before)
+    assert_equal(compressor.state_dict()["arrays"]["residual/w"], before)
 
 
 def train(compressor: Compressor, variable: tf.Variable, steps: range) -> None:
@@ -139,9 +139,9 @@ def test_state_dict_is_a_copy_and_comes_back() -> None:
     reduced = make(compressor)
     reduced(tf.constant(normal(SHAPE)))
     state = compressor.state_dict()
-    kept = state["residuals"]["w"].copy()
+    kept = state["arrays"]["residual/w"].copy()
     (expected,) = reduced(tf.constant(normal(SHAPE, 1)))
-    assert_equal(state["residuals"]["w"], kept)
+    assert_equal(state["arrays"]["residual/w"], kept)
     other.load_state_dict(state)
     assert_equal(make(other)(tf.constant(normal(SHAPE, 1)))[0], expected)
     assert compressor.codec != QSGD()

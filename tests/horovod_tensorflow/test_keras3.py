@@ -144,13 +144,13 @@ def test_all_ranks_skip_a_step_that_overflows_on_one() -> None:
     optimizer = DistributedOptimizer(scaled, compression=compressor)
     apply = tf.function(lambda grad: optimizer.apply_gradients([(grad, variable)]))
     apply(tf.constant(8 * normal((40, 50))))
-    before, residual = variable.numpy(), compressor.state_dict()["residuals"]["w"]
+    before, residual = variable.numpy(), compressor.state_dict()["arrays"]["residual/w"]
     overflow = normal((40, 50))
     if hvd.rank() == 1:
         overflow[3, 3] = np.inf
     apply(tf.constant(overflow))
     assert_equal(variable.value, before)
-    assert_equal(compressor.state_dict()["residuals"]["w"], residual)
+    assert_equal(compressor.state_dict()["arrays"]["residual/w"], residual)
     assert float(optimizer.dynamic_scale) == 4.0
     apply(tf.constant(4 * normal((40, 50), 1)))
     assert not np.array_equal(variable.numpy(), before)

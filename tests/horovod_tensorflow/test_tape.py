@@ -164,7 +164,7 @@ def test_two_models_in_one_function() -> None:
     names = ["kernel.3", "bias.1", "kernel.4", "kernel.5", "small.1"]
     for results, expected, own in zip(reduced(*map(tf.constant, raw)), (NAMES, names), (1, 2), strict=True):
         assert_means(TopK(0.1), results, [own * x for x in raw], expected, 0)
-    assert len(compressor.state_dict()["residuals"]) == 6
+    assert len(compressor.state_dict()["arrays"]) == 6
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -182,7 +182,7 @@ def test_variables_that_share_a_gradient(settings: dict[str, Any], mode: Callabl
     raw = normal((40, 50))
     for result, name in zip(mode(step)(tf.constant(raw)), ["w", "w.1"], strict=True):
         assert_equal(result, reference_allgather(TopK(0.1), gather(raw), name, 0))
-    assert set(compressor.state_dict()["residuals"]) == {"w", "w.1"}
+    assert set(compressor.state_dict()["arrays"]) == {"residual/w", "residual/w.1"}
 
 
 def test_a_loop_inside_the_graph() -> None:

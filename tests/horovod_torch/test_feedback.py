@@ -8,10 +8,10 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
+from expectations import assert_equal
 from rank_checks import (
     LR,
     Parameters,
-    assert_equal,
     assert_same_on_all_ranks,
     backward,
     digest,
@@ -31,13 +31,13 @@ COMPRESSED = ["first", "second"]
 
 
 def residuals(compressor: Compressor, index: int = 0) -> dict[str, torch.Tensor]:
-    held = compressor.state_dict()["residuals"]
-    return {name: held[f"{index}/{name}"].clone() for name in COMPRESSED}
+    held = compressor.state_dict()["arrays"]
+    return {name: held[f"residual/{index}/{name}"].clone() for name in COMPRESSED}
 
 
 def state_digest(compressor: Compressor) -> torch.Tensor:
     state = compressor.state_dict()
-    return digest([*state["residuals"].values(), torch.tensor(list(state["steps"].values()))])
+    return digest([*state["arrays"].values(), torch.tensor(list(state["steps"].values()))])
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_top_k_residuals_are_what_this_rank_kept_back() -> None:
         # Of equal magnitudes the first is sent.
         largest[corrected.view(-1).abs().sort(descending=True, stable=True).indices[:20]] = True
         expected = corrected.masked_fill(largest.view_as(x), 0)
-        assert_equal(compressor.state_dict()["residuals"]["x"].view_as(x), expected)
+        assert_equal(compressor.state_dict()["arrays"]["residual/x"].view_as(x), expected)
         corrected = x + expected
 
 
@@ -259,11 +259,11 @@ def test_saved_state_does_not_change_later() -> None:
     compressor = TopKCompressor()
     parameters, optimizer = start(compressor)
     state = compressor.state_dict()
-    saved = [value.clone() for value in state["residuals"].values()]
+    saved = [value.clone() for value in state["arrays"].values()]
     other = TopKCompressor()
     other.load_state_dict(state)
     train(optimizer, parameters, [1])
-    for now, then in zip(state["residuals"].values(), saved, strict=True):
+    for now, then in zip(state["arrays"].values(), saved, strict=True):
         assert_equal(now, then)
     assert_equal(state_digest(other), digest([*saved, torch.tensor(list(state["steps"].values()))]))
 
@@ -280,4 +280,4 @@ def test_a_changed_model_is_refused_until_reset() -> None:
         hvd.allreduce(dyadic((40, 51)), name="x", compression=compressor)
     compressor.reset()
     hvd.allreduce(dyadic((40, 51)), name="x", compression=compressor)
-    assert len(compressor.state_dict()["residuals"]["x"]) == 40 * 51
+    assert len(compressor.state_dict()["arrays"]["residual/x"]) == 40 * 51

@@ -7,18 +7,8 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from rank_checks import (
-    SHAPE,
-    assert_equal,
-    backward,
-    dyadic,
-    gather,
-    make_gradients,
-    make_optimizer,
-    make_parameters,
-    reference_allgather,
-    train,
-)
+from expectations import SHAPE, assert_equal, reference_allgather
+from rank_checks import backward, dyadic, gather, make_gradients, make_optimizer, make_parameters, train
 
 from hvd_qsgd import QSGD, TopK
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives

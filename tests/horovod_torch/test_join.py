@@ -5,15 +5,8 @@ from __future__ import annotations
 import horovod.torch as hvd
 import pytest
 import torch
-from rank_checks import (
-    assert_same_on_all_ranks,
-    assert_within_a_level,
-    backward,
-    dyadic,
-    make_gradients,
-    make_optimizer,
-    make_parameters,
-)
+from expectations import assert_within_a_level
+from rank_checks import assert_same_on_all_ranks, backward, dyadic, make_gradients, make_optimizer, make_parameters
 
 from hvd_qsgd import QSGD
 from hvd_qsgd.errors import UnsupportedError

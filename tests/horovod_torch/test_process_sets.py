@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import horovod.torch as hvd
 import pytest
+from expectations import assert_within_a_level
 from rank_checks import (
     apply_gradients,
     assert_same_on_all_ranks,
-    assert_within_a_level,
     check_gradients,
     dyadic,
     gather,

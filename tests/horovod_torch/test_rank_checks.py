@@ -5,15 +5,8 @@ from __future__ import annotations
 import horovod.torch as hvd
 import pytest
 import torch
-from rank_checks import (
-    SHAPE,
-    assert_equal,
-    assert_same_on_all_ranks,
-    assert_within_a_level,
-    backward,
-    make_parameters,
-    normal,
-)
+from expectations import SHAPE, assert_equal, assert_within_a_level
+from rank_checks import assert_same_on_all_ranks, backward, make_parameters, normal
 
 from hvd_qsgd import QSGD
 

@@ -8,7 +8,8 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from rank_checks import SHAPE, assert_equal, backward, dyadic, make_gradients, make_optimizer, make_parameters
+from expectations import SHAPE, assert_equal
+from rank_checks import backward, dyadic, make_gradients, make_optimizer, make_parameters
 
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import EXCHANGES

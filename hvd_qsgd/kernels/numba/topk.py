@@ -211,7 +211,12 @@ class TopKKernels(Kernels):
         if count:
             threshold = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]
             keep_largest(magnitudes, threshold, count - int((magnitudes > threshold).sum()), positions)
-            positions = positions[:count]
+        positions = positions[:count]
+        return self.write(x, positions, out)
+
+    def write(self, x: np.ndarray, positions: np.ndarray, out: np.ndarray) -> int:
+        """:meth:`hvd_qsgd.codecs.topk.TopK.write`."""
+        count = len(positions)
         form, low_bits = smallest_form(x.size, count)
         out[: HEADER.size] = np.frombuffer(HEADER.pack(form, low_bits, count), np.uint8)
         values = x[positions]

@@ -40,7 +40,7 @@ class TopKKernels(Kernels):
             return self.codec.encode_into(x, out)
         positions, nonzero, finite = self.compiled_largest(tf.constant(x))
         kept = np.sort(positions.numpy()[: int(nonzero)].astype(np.int64))
-        return self.codec.pack_into(x, kept, bool(finite), out)
+        return self.codec.write(x, kept, out) if finite else self.codec.write_not_finite(out)
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         self.codec.decode_into(payload, out, mode)

@@ -1,0 +1,106 @@
+"""intsgd: one SUM-allreduce of small integers, with no agreement on scales.
+
+Source: Mishchenko, Wang, Kovalev, Richtarik, IntSGD, ICLR 2022 (arXiv 2102.08374), Algorithm 1
+and the authors' code: integers are round(alpha x) with alpha = fineness * sqrt(d) / (sqrt(2 n) * sqrt(r)),
+and r = beta * r + (1 - beta) * ||mean||^2 is the same on all ranks, because means are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from hvd_qsgd.codecs.intsgd import IntSGD
+from hvd_qsgd.exchanges.allreduce import allreduce
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work
+from hvd_qsgd.exchanges.linear import CHECK_BITS
+from hvd_qsgd.kernels import kernels_for
+
+
+def intsgd(job: Job) -> Steps:
+    """The sum of [1, check word, then of each piece: 1 if not finite, lanes]."""
+    codec = job.codec
+    assert isinstance(codec, IntSGD)
+    if not all(piece.memory.get("square") for piece in job.pieces):
+        first = Job(job.name, job.pieces, _kernels(job, codec.first_grid), job.rank, job.ranks, job.empty)
+        yield from allreduce(first)
+        job.wire_bytes += first.wire_bytes
+        for piece in job.pieces:
+            _learn(job, piece, codec.beta)
+        return
+    kernels: Any = _kernels(job, codec.grid)
+    scales = [np.float32(codec.grid.levels * step_size(codec, piece, job.ranks)) for piece in job.pieces]
+    lengths = [codec.grid.lanes_length(len(piece.x), job.ranks) for piece in job.pieces]
+    # Ranks whose grids differ, by another processor's sums perhaps, must not add up.
+    grids = int.from_bytes(hashlib.blake2b(np.array(scales).tobytes(), digest_size=4).digest(), "little")
+    check = (job.fingerprint("intsgd") ^ grids) & ((1 << CHECK_BITS) - 1)
+    message = job.empty(2 + sum(1 + length for length in lengths), "int32")
+    message[0], message[1] = 1, check
+    at = 2
+    for piece, scale, length in zip(job.pieces, scales, lengths):
+        finite = job.kernels.all_finite(piece.x)
+        lanes = message[at + 1 : at + 1 + length]
+        message[at] = int(not finite)
+        if finite:
+            agreed = _agreed(job, codec, piece, scale)
+            clipped = piece.x.clip(-float(scale), float(scale))
+            kernels.to_lanes(clipped, agreed, job.ranks, lanes, piece.key(), piece.first)
+            if piece.keep_error:
+                own = job.empty(len(piece.x), "float32")
+                kernels.from_lanes(lanes, agreed, job.ranks, own, 1)
+                piece.x -= own
+        else:
+            lanes[...] = 0
+        piece.payload_bytes = 4 * (1 + length)
+        at += 1 + length
+
+    sums = yield AllReduce(f"{job.name}.integers", message, "sum")
+
+    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    contributors = int(sums[0])
+    if int(sums[1]) != contributors * check:
+        raise job.disagreement("the ranks do not agree on what they add up")
+    at = 2
+    for piece, scale, length in zip(job.pieces, scales, lengths):
+        if int(sums[at]):
+            piece.out[...] = float("nan")
+        else:
+            lanes = sums[at + 1 : at + 1 + length]
+            kernels.from_lanes(lanes, _agreed(job, codec, piece, scale), job.ranks, piece.out, contributors)
+        _learn(job, piece, codec.beta)
+        at += 1 + length
+
+
+def step_size(codec: IntSGD, piece: Piece, ranks: int) -> float:
+    """1 / alpha: the distance of two levels."""
+    return float((2 * ranks * piece.memory["square"] / len(piece.x)) ** 0.5 / codec.fineness)
+
+
+def _learn(job: Job, piece: Piece, beta: float) -> None:
+    """Follow the squared norm of the mean, if it is finite."""
+    if not job.kernels.all_finite(piece.out):
+        return
+    square = float((piece.out * piece.out).sum())
+    before = piece.memory.get("square")
+    piece.memory["square"] = beta * before + (1 - beta) * square if before else square
+
+
+def _kernels(job: Job, grid: Any) -> Any:
+    return kernels_for(grid, "numba" if isinstance(job.pieces[0].x, np.ndarray) else "torch")
+
+
+def _agreed(job: Job, codec: IntSGD, piece: Piece, scale: np.float32) -> Any:
+    """The words that the grid takes for agreed scales."""
+    agreed = job.empty(codec.grid.agreement_length(len(piece.x)), "int32")
+    agreed[...] = int(scale.view(np.int32))
+    return agreed
+
+
+def work(codec: Any, length: int, ranks: int) -> Work:
+    words = codec.grid.lanes_length(length, ranks)
+    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * words}, lanes=length)
+
+
+INTSGD = Exchange(intsgd, work)

@@ -1,0 +1,67 @@
+"""linear: one SUM-allreduce of words that every rank computes without knowing the others.
+
+For codecs whose messages add up: RandomK, whose ranks all draw the same positions. One
+phase, 2 (n-1)/n messages a rank, and whatever reduces float32 words can carry it. A rank
+that has joined contributes zeros. The order of a floating-point sum is that of the
+allreduce, which gives all ranks the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work
+
+#: Bits of the fingerprint that go along: their sum over 4096 ranks is exact in float32.
+CHECK_BITS = 12
+
+
+class LinearKernels(Protocol):
+    """What a codec's kernels offer to ride this exchange."""
+
+    def to_sum(self, x: Any, out: Any, key: int, first: int = 0) -> None:
+        """Write the words that are added up over ranks; ``key`` is the same on all of them."""
+        ...
+
+    def from_sum(self, sums: Any, out: Any, count: int, key: int, first: int = 0) -> None:
+        """The sum of the words of ``count`` ranks, divided by ``count``, as float32."""
+        ...
+
+
+def linear(job: Job) -> Steps:
+    """The sum of [1, low bits of the fingerprint, words of each piece]."""
+    kernels: Any = job.kernels
+    codec: Any = job.codec
+    check = job.fingerprint("linear") & ((1 << CHECK_BITS) - 1)
+    lengths = [codec.sum_length(len(piece.x)) for piece in job.pieces]
+    message = job.empty(2 + sum(lengths), codec.sum_dtype)
+    message[0], message[1] = 1, check
+    at = 2
+    for piece, length in zip(job.pieces, lengths):
+        words = message[at : at + length]
+        kernels.to_sum(piece.x, words, piece.key(), piece.first)
+        if piece.keep_error:
+            own = job.empty(len(piece.x), "float32")
+            kernels.from_sum(words, own, 1, piece.key(), piece.first)
+            piece.x -= own
+        piece.payload_bytes = 4 * length
+        at += length
+
+    sums = yield AllReduce(f"{job.name}.sum", message, "sum")
+
+    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    contributors = int(sums[0])
+    if int(sums[1]) != contributors * check:
+        raise job.disagreement("the ranks do not agree on what they add up")
+    at = 2
+    for piece, length in zip(job.pieces, lengths):
+        kernels.from_sum(sums[at : at + length], piece.out, contributors, piece.key(), piece.first)
+        at += length
+
+
+def work(codec: Any, length: int, ranks: int) -> Work:
+    sent = 2 * (ranks - 1) / ranks * 4 * codec.sum_length(length)
+    return Work({"allreduce": sent}, encoded=length, decoded=length)
+
+
+LINEAR = Exchange(linear, work)

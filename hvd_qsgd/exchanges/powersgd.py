@@ -1,0 +1,144 @@
+"""powersgd: one step of subspace iteration on the mean gradient, by two allreduces of thin matrices.
+
+Source: Vogels, Karimireddy, Jaggi, PowerSGD, NeurIPS 2019 (arXiv 1905.13727), Algorithms 1 and 2:
+P = mean of M Q, orthogonalized; Q = mean of M^T P; the gradient is P Q^T, this rank's residual
+M - P (M^T P)^T, and Q is where the next step starts.
+
+Both sums are the same on all ranks; what follows from them is so on processors and libraries of
+one kind.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hvd_qsgd.codecs.powersgd import PowerSGD
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work
+from hvd_qsgd.exchanges.linear import CHECK_BITS
+from hvd_qsgd.random_words import words
+
+#: Share of a column's norm that float32 cannot tell from rounding.
+NEGLIGIBLE = 1e-5
+
+
+def powersgd(job: Job) -> Steps:
+    """The sums of [1, low bits of the fingerprint, P of each piece] and of [Q of each piece]."""
+    codec = job.codec
+    assert isinstance(codec, PowerSGD)
+    check = job.fingerprint("powersgd") & ((1 << CHECK_BITS) - 1)
+    shapes = [matrix_shape(piece) for piece in job.pieces]
+    factors = [_start(codec, piece, *shape) if codec.pays(*shape) else None for piece, shape in zip(job.pieces, shapes)]
+
+    parts = []
+    for piece, shape, factor in zip(job.pieces, shapes, factors):
+        parts.append(piece.x if factor is None else (piece.x.reshape(shape) @ factor).reshape(-1))
+    message = _packed(job, [1, check], parts)
+
+    sums = yield AllReduce(f"{job.name}.p", message, "sum")
+
+    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    contributors = int(sums[0])
+    if int(sums[1]) != contributors * check:
+        raise job.disagreement("the ranks do not agree on what they add up")
+    left: list[Any] = []
+    right: list[Any] = []
+    for piece, shape, factor, total in zip(job.pieces, shapes, factors, _parts(sums[2:], parts)):
+        piece.payload_bytes = 4 * len(total)
+        if factor is None:
+            left.append(None)
+            if piece.keep_error:
+                piece.x[...] = 0
+            piece.out[...] = total / contributors
+            continue
+        basis = orthogonalized((total / contributors).reshape(shape[0], -1))
+        left.append(basis)
+        right.append((piece.x.reshape(shape).T @ basis).reshape(-1))
+    if not right:
+        return
+    message = _packed(job, [], right)
+    own = [part + 0 for part in right]
+
+    sums = yield AllReduce(f"{job.name}.q", message, "sum")
+
+    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    thin = iter(zip(_parts(sums, right), own))
+    for piece, shape, basis in zip(job.pieces, shapes, left):
+        if basis is None:
+            continue
+        total, mine = next(thin)
+        piece.payload_bytes += 4 * len(total)
+        factor = (total / contributors).reshape(shape[1], -1)
+        if piece.keep_error:
+            piece.x -= (basis @ mine.reshape(shape[1], -1).T).reshape(-1)
+        piece.out[...] = (basis @ factor.T).reshape(-1)
+        if job.kernels.all_finite(total):
+            piece.memory["q"] = factor
+
+
+def matrix_shape(piece: Piece) -> tuple[int, int]:
+    """Rows and columns: the first dimension, and all others."""
+    shape = piece.shape if piece.shape else (len(piece.x),)
+    return shape[0], math.prod(shape[1:])
+
+
+def orthogonalized(matrix: Any) -> Any:
+    """The columns made orthonormal one after the other (modified Gram-Schmidt), in place.
+
+    A column that the ones before it nearly span becomes zero: what is left of it is rounding.
+    """
+    before = [_norm(matrix[:, i]) for i in range(matrix.shape[1])]
+    for i in range(matrix.shape[1]):
+        column = matrix[:, i]
+        norm = _norm(column)
+        if norm <= NEGLIGIBLE * before[i]:
+            column *= 0
+        else:
+            column /= norm
+        if i + 1 < matrix.shape[1]:
+            rest = matrix[:, i + 1 :]
+            rest -= column[:, None] * (column @ rest)[None, :]
+    return matrix
+
+
+def _norm(column: Any) -> float:
+    return float((column * column).sum()) ** 0.5
+
+
+def _start(codec: PowerSGD, piece: Piece, rows: int, columns: int) -> Any:
+    """Q of the step before, or random numbers in [-1, 1) that are the same on all ranks."""
+    if "q" in piece.memory:
+        factor = piece.memory["q"]
+        # After a checkpoint it may be an array of another library.
+        return np.asarray(factor) if isinstance(piece.x, np.ndarray) else piece.x.new_tensor(np.asarray(factor))
+    drawn = words(piece.key(), 0, columns * codec.rank).astype(np.float64) / 2**31 - 1
+    start = drawn.astype(np.float32).reshape(columns, codec.rank)
+    return start if isinstance(piece.x, np.ndarray) else piece.x.new_tensor(start)
+
+
+def _packed(job: Job, head: list[int], parts: list[Any]) -> Any:
+    message = job.empty(len(head) + sum(len(part) for part in parts), "float32")
+    for i, value in enumerate(head):
+        message[i] = value
+    at = len(head)
+    for part in parts:
+        message[at : at + len(part)] = part
+        at += len(part)
+    return message
+
+
+def _parts(message: Any, like: list[Any]) -> list[Any]:
+    """The message cut into parts of these lengths."""
+    ends = np.cumsum([len(part) for part in like]).tolist()
+    return [message[end - len(part) : end] for end, part in zip(ends, like)]
+
+
+def work(codec: Any, length: int, ranks: int) -> Work:
+    """As if the tensor were a square matrix."""
+    factors = 2 * codec.rank * length**0.5
+    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * min(factors, length)}, agreements=1)
+
+
+POWERSGD = Exchange(powersgd, work)

@@ -1,0 +1,97 @@
+"""What every kind of feedback offers."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.feedback.store import Store
+
+Kind = TypeVar("Kind", bound="Feedback")
+
+
+@dataclass(eq=False)
+class Feedback(ABC):
+    """Settings, which are the fields, and the memory of this rank.
+
+    One step of a tensor is :meth:`correct`, an exchange that leaves in the corrected array what
+    it did not send, and then either :meth:`keep` or, if the result is not finite, :meth:`discard`.
+    """
+
+    #: Name in the registry and in configurations.
+    name: ClassVar[str]
+    #: Whether this rank's memory is a share of a mean over ranks, which a change of their number must preserve.
+    linear: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Forget everything: make the stores."""
+
+    @abstractmethod
+    def correct(self, name: str, x: Any, ranks: int = 1) -> Any:
+        """What to compress in place of the gradient ``x`` of one of ``ranks`` ranks: an array of its own."""
+
+    @abstractmethod
+    def keep(self, name: str, error: Any, mean: Any = None) -> None:
+        """Go on from ``error``: what :meth:`correct` returned less what this rank sent.
+
+        ``mean`` is the decoded mean over ranks; kinds that compress something else than
+        gradients turn it into the mean gradient, in place.
+        """
+
+    @abstractmethod
+    def discard(self, name: str, error: Any, mean: Any = None) -> None:
+        """Leave the memory as it was before :meth:`correct`."""
+
+    def check(self, average: Callable[[str, Any], Any]) -> None:
+        """Raise ExchangeError if what must hold between the memories of the ranks does not.
+
+        ``average`` gives the mean over ranks of an array under a name.
+        """
+        return None
+
+    def fresh(self: Kind) -> Kind:
+        """The same settings with empty memory."""
+        return dataclasses.replace(self)
+
+    def config(self) -> dict[str, Any]:
+        """The settings as a dictionary that survives JSON; see ``feedback_from_config``."""
+        return {"feedback": self.name, **dataclasses.asdict(self)}
+
+    # -- the memory, for checkpoints -------------------------------------------------------
+
+    @property
+    def stores(self) -> dict[str, Store]:
+        """All stores by attribute name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Store)}
+
+    def arrays(self) -> dict[str, Any]:
+        """Every remembered array, float32, by "store/tensor"."""
+        return {f"{kind}/{name}": store.get(name) for kind, store in self.stores.items() for name in store.names()}
+
+    def numbers(self) -> dict[str, int]:
+        """Every remembered whole number, equal on all ranks, by "what/tensor"."""
+        return {}
+
+    def load(self, arrays: dict[str, Any], numbers: dict[str, int]) -> None:
+        """Replace the memory by what :meth:`arrays` and :meth:`numbers` gave; keeps references to the arrays.
+
+        Raises:
+            ConfigError: it belongs to another kind of feedback.
+        """
+        self.start()
+        for path, array in arrays.items():
+            kind, _, name = path.partition("/")
+            if kind not in self.stores:
+                raise ConfigError(
+                    f"The saved state has a {kind!r} of {name!r}, which the feedback {self.name!r} does not know. "
+                    f"Use the feedback of the saved run."
+                )
+            self.stores[kind].put(name, array)

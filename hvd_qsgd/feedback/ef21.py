@@ -1,0 +1,68 @@
+"""EF21: ranks send the compressed change of an estimate of their gradient.
+
+Source: Richtarik, Sokolov, Fatkhullin, EF21, NeurIPS 2021 (arXiv 2106.05203), Algorithm 2:
+c_i = C(x_i - g_i), g_i += c_i, g += mean c_i, and the step is taken along g.
+The estimates start at zero, so that the first message is C(x_i).
+
+Invariant: g = mean of g_i over ranks, with the same bits of g on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hvd_qsgd.errors import ExchangeError
+from hvd_qsgd.feedback.base import Feedback
+from hvd_qsgd.feedback.store import Store
+
+#: What rounding may add to the difference of g and mean g_i, relative to their largest value.
+TOLERANCE = 1e-3
+
+
+@dataclass(eq=False)
+class EF21(Feedback):
+    """Keeps an estimate ``own`` of this rank's gradient and ``mean``, the mean of those of all ranks.
+
+    With stochastic gradients it needs large batches or momentum in the optimizer (Fatkhullin
+    et al., Momentum provably improves error feedback, NeurIPS 2023). Both arrays are kept in
+    float32: they are the sums of all messages, and what is lost of them is never sent again.
+    """
+
+    name: ClassVar[str] = "ef21"
+
+    def start(self) -> None:
+        self.own = Store()
+        self.mean = Store()
+        self._pending: dict[str, Any] = {}
+
+    def correct(self, name: str, x: Any, ranks: int = 1) -> Any:
+        own = self.own.get_for(name, x)
+        # The exchange may write its result over the gradient.
+        self._pending[name] = x + 0
+        return x + 0 if own is None else x - own
+
+    def keep(self, name: str, error: Any, mean: Any = None) -> None:
+        own = self._pending.pop(name)
+        own -= error
+        self.own.put(name, own)
+        if name in self.mean:
+            mean += self.mean.get(name)
+        self.mean.put(name, mean + 0)
+
+    def discard(self, name: str, error: Any, mean: Any = None) -> None:
+        del self._pending[name]
+        if name in self.mean:
+            mean += self.mean.get(name)
+
+    def check(self, average: Callable[[str, Any], Any]) -> None:
+        for name in self.own.names():
+            estimate, averaged = self.mean.get(name), average(name, self.own.get(name))
+            error, largest = float(abs(estimate - averaged).max()), float(abs(averaged).max())
+            if not error <= TOLERANCE * largest:
+                raise ExchangeError(
+                    f"EF21: the estimate of {name!r} differs by {error:.3g} from the mean of those of all ranks, whose "
+                    f"largest value is {largest:.3g}; some ranks' state was lost or is of another step. Start again "
+                    f"with compressor.reset() on all ranks, or load the states that were saved together."
+                )

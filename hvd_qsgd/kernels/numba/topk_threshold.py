@@ -1,0 +1,42 @@
+"""ThresholdTopK on the CPU. The bytes are specified by :mod:`hvd_qsgd.codecs.topk_threshold`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvd_qsgd.codecs.topk import HEADER, NOT_FINITE
+from hvd_qsgd.codecs.topk_threshold import ThresholdTopK
+from hvd_qsgd.kernels.numba.topk import TopKKernels, gather
+
+
+def above(x: np.ndarray, threshold: float) -> np.ndarray:
+    """:func:`hvd_qsgd.codecs.topk_threshold.above`, with a guess at the number that is seldom too small."""
+    lowest = np.int32(max(int(np.float32(threshold).view(np.int32)), 1))
+    patterns = x.view(np.int32)
+    positions = np.empty(min(len(x) // 16 + 1024, len(x)), np.int64)
+    found = gather(patterns, lowest, positions)
+    if found > len(positions):
+        positions = np.empty(found, np.int64)
+        gather(patterns, lowest, positions)
+    return positions[:found]
+
+
+@dataclass(frozen=True)
+class ThresholdKernels(TopKKernels):
+    """Numba implementation of a ThresholdTopK codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
+
+    codec: ThresholdTopK
+    #: Of one tensor; None is no memory at all.
+    memory: dict[str, Any] | None = None
+
+    def with_memory(self, memory: dict[str, Any]) -> ThresholdKernels:
+        return ThresholdKernels(self.codec, memory)
+
+    def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
+        if not self.all_finite(x):
+            out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
+            return HEADER.size
+        return self.write(x, self.codec.select(x, {} if self.memory is None else self.memory, above), out)

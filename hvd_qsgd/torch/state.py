@@ -1,0 +1,196 @@
+"""Checkpoints and elastic jobs: state of all ranks, saved, loaded and carried over to another number of ranks.
+
+Every rank has residuals of its own. A checkpoint of rank 0 alone would lose those of all
+others without a word, so save them all: one file a rank (:func:`save`), or gathered in one
+object (:func:`gather`).
+
+When the number of ranks has changed, every rank starts from the mean of the saved residuals
+(``resize="mean"``): the mean over ranks, which is what the model still has to see, is
+preserved. Or all start without (``resize="reset"``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.torch.elastic.state import StateHandler, get_handler_registry
+
+from hvd_qsgd.codecs.base import check_choice
+from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.torch.compressor import Compressor
+from hvd_qsgd.torch.flights import ENGINE
+
+RESIZE = ("error", "mean", "reset")
+State = dict[str, Any]
+
+
+def save(compressor: Compressor, directory: str | Path) -> Path:
+    """Write this rank's state to ``directory/rank-R-of-N.safetensors``; call it on all ranks.
+
+    Returns:
+        The path of the file, which is complete when it is there.
+
+    Raises:
+        ConfigError: the package safetensors is not installed.
+    """
+    path = _path(directory, hvd.rank(), hvd.size())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors, plain = _split(compressor.state_dict(), "")
+    partial = path.with_suffix(".partial")
+    _safetensors().save_file(tensors, partial, metadata={"hvd_qsgd": json.dumps(plain)})
+    partial.replace(path)
+    return path
+
+
+def load(compressor: Compressor, directory: str | Path, resize: str = "error") -> None:
+    """Continue from what :func:`save` wrote; call it on all ranks.
+
+    Args:
+        directory: holds the files of all ranks of one run.
+        resize: what to do if the number of ranks has changed: "error", "mean" or "reset" (see above).
+
+    Raises:
+        ConfigError: files are missing, from other settings, or of another number of ranks.
+    """
+    directory = Path(directory)
+    present = sorted(directory.glob("rank-*-of-*.safetensors"))
+    saved = sorted({int(path.stem.rsplit("-", 1)[1]) for path in present})
+    if not saved:
+        raise ConfigError(f"There are no files rank-*-of-*.safetensors in {directory}.")
+    ranks = hvd.size() if hvd.size() in saved else saved[-1]
+    paths = [_path(directory, rank, ranks) for rank in range(ranks)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ConfigError(f"{directory} lacks {missing[0]} and so the residuals of that rank; save on every rank.")
+    states = [_read(paths[hvd.rank()])] if ranks == hvd.size() else [_read(path) for path in paths]
+    _continue(compressor, states, ranks, resize)
+
+
+def gather(compressor: Compressor) -> State:
+    """The states of all ranks in one object that ``torch.save`` can write; call it on all ranks."""
+    return {"ranks": hvd.size(), "states": hvd.allgather_object(compressor.state_dict(), name="hvd_qsgd.gather")}
+
+
+def scatter(compressor: Compressor, gathered: State, resize: str = "error") -> None:
+    """Continue from what :func:`gather` returned; call it on all ranks.
+
+    Raises:
+        ConfigError: see :func:`load`.
+    """
+    ranks = gathered["ranks"]
+    states = gathered["states"]
+    _continue(compressor, [states[hvd.rank()]] if ranks == hvd.size() else states, ranks, resize)
+
+
+def mean_state(states: Sequence[State]) -> State:
+    """One state for every rank of a job of another size: the mean of all arrays; numbers are those of the first."""
+    merged = copy.deepcopy(states[0])
+    for path in merged["arrays"]:
+        total = sum(state["arrays"][path].double() for state in states)
+        merged["arrays"][path] = (total / len(states)).to(torch.float32)
+    return merged
+
+
+def _continue(compressor: Compressor, states: Sequence[State], ranks: int, resize: str) -> None:
+    check_choice("load", "resize", resize, RESIZE)
+    if ranks == hvd.size():
+        compressor.load_state_dict(states[0])
+    elif resize == "mean":
+        compressor.load_state_dict(mean_state(states))
+    elif resize == "reset":
+        compressor.load_state_dict({**states[0], "arrays": {}, "numbers": {}})
+    else:
+        raise ConfigError(
+            f"The state was saved by {ranks} ranks and there are {hvd.size()} now. Load with resize='mean', which "
+            f"preserves the mean of the residuals, or resize='reset', which drops them."
+        )
+
+
+def _path(directory: str | Path, rank: int, ranks: int) -> Path:
+    return Path(directory) / f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def _safetensors() -> Any:
+    try:
+        from safetensors import torch as module
+    except ModuleNotFoundError:
+        raise ConfigError("State files need the package safetensors: pip install safetensors") from None
+    return module
+
+
+def _split(value: Any, path: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """Tensors by path, and the rest with the paths in their places."""
+    if isinstance(value, torch.Tensor):
+        return {path: value.contiguous()}, {"tensor": path}
+    if not isinstance(value, dict):
+        return {}, {"value": value}
+    tensors: dict[str, torch.Tensor] = {}
+    plain = {}
+    for key, part in value.items():
+        found, plain[key] = _split(part, f"{path}/{key}")
+        tensors.update(found)
+    return tensors, {"mapping": plain}
+
+
+def _join(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of :func:`_split`."""
+    if "tensor" in plain:
+        return tensors[plain["tensor"]]
+    if "value" in plain:
+        return plain["value"]
+    return {key: _join(part, tensors) for key, part in plain["mapping"].items()}
+
+
+def _read(path: Path) -> State:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    if "hvd_qsgd" not in metadata:
+        raise ConfigError(f"{path} was not written by hvd_qsgd.torch.state.save.")
+    state: State = _join(json.loads(metadata["hvd_qsgd"]), tensors)
+    return state
+
+
+class CompressorStateHandler(StateHandler):
+    """For ``hvd.elastic.TorchState(model=..., optimizer=..., compressor=compressor)``.
+
+    Commits and restores the state of each rank. When ranks have come or gone, all ranks go on from
+    the mean of the states of those that are left: of a rank that was lost its residual is lost, and
+    the mean of the others stands for it. Importing ``hvd_qsgd.torch`` registers it.
+    """
+
+    def __init__(self, compressor: Compressor) -> None:
+        super().__init__(compressor)
+        self.save()
+
+    def save(self) -> None:
+        self._saved = self.value.state_dict()
+        self._ranks = hvd.size()
+
+    def restore(self) -> None:
+        # Nobody will answer what was under way.
+        ENGINE.abandon()
+        self.value.load_state_dict(self._saved)
+
+    def sync(self) -> None:
+        ENGINE.abandon()
+        # Whoever is new has no steps yet, and no state to contribute.
+        state = self.value.state_dict()
+        entries = hvd.allgather_object((self._ranks, state if state["steps"] else None), name="hvd_qsgd.sync")
+        states = [state for _, state in entries if state is not None]
+        resized = len(states) != len(entries) or any(ranks != len(entries) for ranks, _ in entries)
+        if states and resized:
+            self.value.load_state_dict(mean_state(states))
+        self.value.replan()
+        self.save()
+
+
+get_handler_registry().append((Compressor, CompressorStateHandler))

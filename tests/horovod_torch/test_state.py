@@ -1,0 +1,112 @@
+"""State of all ranks: files, gathered objects, and another number of ranks."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from expectations import assert_equal
+from rank_checks import digest, gather, make_optimizer, make_parameters, train
+
+from hvd_qsgd import TopK
+from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.feedback import EF21, LoCo
+from hvd_qsgd.policies import WarmUp
+from hvd_qsgd.torch import Compressor, QSGDCompressor, ThresholdTopKCompressor, TopKCompressor
+from hvd_qsgd.torch import state as states
+
+SHAPES = {"first": (40, 50), "bias": (50,), "second": (30, 41)}
+MAKERS: list[Any] = [
+    TopKCompressor,
+    lambda: TopKCompressor(0.1, error_feedback=EF21()),
+    lambda: QSGDCompressor(3, error_feedback=LoCo(reset=3)),
+    lambda: ThresholdTopKCompressor(0.1, method="sidco-gamma"),
+    lambda: ThresholdTopKCompressor(0.1, every=3),
+    lambda: Compressor(WarmUp([TopK(0.2), TopK(0.1)])),
+]
+
+
+@pytest.fixture()
+def shared() -> Iterator[Path]:
+    """A directory that all ranks see."""
+    path = hvd.broadcast_object(tempfile.mkdtemp() if hvd.rank() == 0 else None, name="directory")
+    yield Path(path)
+    hvd.barrier()
+    if hvd.rank() == 0:
+        shutil.rmtree(path)
+
+
+def run(make: Any, start: Any, seeds: range, prepare: Any = None) -> tuple[Compressor, Any]:
+    weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
+    compressor = make()
+    if prepare is not None:
+        prepare(compressor)
+    train(make_optimizer(weights, compressor), weights, seeds)
+    return compressor, weights
+
+
+def end(compressor: Compressor, weights: Any) -> torch.Tensor:
+    return digest([*weights.values(), *compressor.state_dict()["arrays"].values()])
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda make: repr(make()))
+@pytest.mark.parametrize("way", ["files", "gathered"])
+def test_a_resumed_run_equals_an_uninterrupted_one(make: Any, way: str, shared: Path) -> None:
+    beginning = make_parameters(SHAPES)
+    uninterrupted = end(*run(make, beginning, range(6)))
+    half, weights = run(make, beginning, range(3))
+    if way == "files":
+        path = states.save(half, shared)
+        assert path.exists() and path.name == f"rank-{hvd.rank():05d}-of-{hvd.size():05d}.safetensors"
+        hvd.barrier()
+        resumed = run(make, weights, range(3, 6), lambda compressor: states.load(compressor, shared))
+    else:
+        stream = io.BytesIO()
+        torch.save(states.gather(half), stream)
+        gathered = torch.load(io.BytesIO(stream.getvalue()))
+        resumed = run(make, weights, range(3, 6), lambda compressor: states.scatter(compressor, gathered))
+    assert_equal(end(*resumed), uninterrupted)
+    assert not torch.equal(end(*run(make, weights, range(3, 6))), uninterrupted)
+
+
+@pytest.mark.parametrize("make", MAKERS[:2], ids=lambda make: repr(make()))
+def test_another_number_of_ranks_preserves_the_mean_or_resets(make: Any) -> None:
+    """As if one more rank had saved, whose state, at the end, is the mean of the others."""
+    compressor, weights = run(make, make_parameters(SHAPES), range(3))
+    gathered = states.gather(compressor)
+    extra = states.mean_state(gathered["states"])
+    gathered = {"ranks": hvd.size() + 1, "states": [*gathered["states"], extra]}
+    with pytest.raises(ConfigError, match=r"saved by .* Load with resize='mean'"):
+        states.scatter(make(), gathered)
+    with pytest.raises(ConfigError, match="resize='keep' is not one of"):
+        states.scatter(make(), gathered, resize="keep")
+    resized = make()
+    states.scatter(resized, gathered, resize="mean")
+    for path, array in resized.state_dict()["arrays"].items():
+        mean = torch.stack([state["arrays"][path] for state in gathered["states"]]).double().mean(0)
+        now = torch.stack(gather(array)).double().mean(0)
+        torch.testing.assert_close(now, mean, rtol=0, atol=1e-6)
+    resized.check_state()
+    assert resized.state_dict()["steps"] == compressor.state_dict()["steps"]
+    reset = make()
+    states.scatter(reset, gathered, resize="reset")
+    assert not reset.state_dict()["arrays"]
+    run(lambda: resized, weights, range(3, 5))
+
+
+def test_missing_files_are_named(shared: Path) -> None:
+    with pytest.raises(ConfigError, match="There are no files"):
+        states.load(TopKCompressor(), shared)
+    compressor, _ = run(TopKCompressor, make_parameters(SHAPES), range(1))
+    if hvd.rank() == 0:
+        states.save(compressor, shared)
+    hvd.barrier()
+    with pytest.raises(ConfigError, match=r"lacks rank-00001-of-.* save on every rank"):
+        states.load(TopKCompressor(), shared)
