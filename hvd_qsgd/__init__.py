@@ -7,7 +7,7 @@ Importing this package imports NumPy at most; frameworks and Horovod are importe
 subpackages that need them, when they need them.
 """
 
-from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, TopK, codec_from_config
+from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, MinMax, Rows, TopK, codec_from_config
 from hvd_qsgd.errors import (
     ConfigError,
     ExchangeError,
@@ -27,7 +27,9 @@ __all__ = [
     "ExchangeError",
     "HvdQsgdError",
     "Identity",
+    "MinMax",
     "PayloadError",
+    "Rows",
     "SetupError",
     "TopK",
     "UnsupportedError",

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK, codec_from_config
+from hvd_qsgd import QSGD, Cast, Codec, Identity, MinMax, Rows, TopK, codec_from_config
 from hvd_qsgd.codecs.base import MODES, Kernels
 from hvd_qsgd.collectives.simulated import simulate
 from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
@@ -126,7 +126,7 @@ def check_config(codec: Codec) -> None:
             setattr(codec, field.name, getattr(codec, field.name))
 
 
-CODEC_TYPES = (QSGD, TopK, Identity, Cast)
+CODEC_TYPES = (QSGD, TopK, MinMax, Rows, Identity, Cast)
 
 
 def as_is(array: np.ndarray) -> Any:

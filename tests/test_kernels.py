@@ -28,7 +28,7 @@ from checkers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_qsgd import QSGD, Cast, Codec, ConfigError, Identity, PayloadError, TopK
+from hvd_qsgd import QSGD, Cast, Codec, ConfigError, Identity, MinMax, PayloadError, Rows, TopK
 from hvd_qsgd.kernels import KERNELS, kernels_for
 
 #: Backends that must be here; the others are skipped, and the report says so.
@@ -56,6 +56,10 @@ CODECS: list[Codec] = [
     TopK(ratio=1),
     TopK(ratio=0.3, values="float16"),
     TopK(k=10**6),
+    *(MinMax(bits) for bits in range(2, 9)),
+    Rows(TopK(0.1), 100),
+    Rows(QSGD(bucket_size=64), 50),
+    Rows(MinMax(3), 33),
     Identity(),
     Cast(),
     Cast("bfloat16"),
@@ -64,7 +68,9 @@ CODECS: list[Codec] = [
 
 def some_codec() -> st.SearchStrategy[Codec]:
     topk = st.builds(TopK, ratio=st.floats(0.01, 1), values=st.sampled_from(["float32", "float16"]))
-    return st.one_of(qsgd_codecs(), topk, st.sampled_from([Identity(), Cast(), Cast("bfloat16")]))
+    minmax = st.builds(MinMax, st.integers(2, 8))
+    plain = st.one_of(qsgd_codecs(), topk, minmax, st.sampled_from([Identity(), Cast(), Cast("bfloat16")]))
+    return st.one_of(plain, st.builds(Rows, plain, st.integers(1, 40)))
 
 
 @EACH_BACKEND
@@ -175,7 +181,7 @@ class FlippedBit:
         return wrong if name == self.function else original
 
 
-@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()], ids=str)
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), MinMax(), Rows(TopK(), 300), Identity(), Cast()], ids=str)
 @pytest.mark.parametrize(
     ("function", "bit", "mode"),
     [
@@ -262,7 +268,7 @@ def test_a_requested_backend_that_is_missing_fails(backend: str) -> None:
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()], ids=str)
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), MinMax(), Rows(TopK(), 300), Identity(), Cast()], ids=str)
 def test_a_payload_of_a_wrong_size_is_refused(backend: str, codec: Codec) -> None:
     payload = codec.encode(gauss(1000))
     for wrong in (payload[:-1], np.append(payload, np.uint8(0)), payload[:0]):
@@ -273,7 +279,7 @@ def test_a_payload_of_a_wrong_size_is_refused(backend: str, codec: Codec) -> Non
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
-@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()])
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), MinMax(), Rows(QSGD(), 9), Identity(), Cast()])
 def test_an_unknown_mode_is_refused(backend: str, codec: Codec) -> None:
     payload, out = codec.encode(gauss(10)), np.ones(10, np.float32)
     with pytest.raises(ConfigError, match="mode='plus' is not one of"):
@@ -284,10 +290,11 @@ def test_an_unknown_mode_is_refused(backend: str, codec: Codec) -> None:
 def test_a_buffer_that_is_too_small_is_refused(backend: str) -> None:
     """As by the NumPy code; above all nothing is written behind it."""
     memory = np.full(1000, FILLER, np.uint8)
-    for kernels, wrap in ((QSGD(), wrapper("numpy")), (kernels_for(QSGD(), backend), wrapper(backend))):
-        with pytest.raises((ValueError, RuntimeError)):
-            kernels.encode_into(wrap(gauss(512)), wrap(memory[:100]))
-        assert set(memory[100:]) == {FILLER}
+    for codec in (QSGD(), MinMax(4), Rows(QSGD(), 200), Rows(MinMax(4), 2)):
+        for kernels, wrap in ((codec, wrapper("numpy")), (kernels_for(codec, backend), wrapper(backend))):
+            with pytest.raises((ValueError, RuntimeError)):
+                kernels.encode_into(wrap(gauss(512)), wrap(memory[:100]))
+            assert set(memory[100:]) == {FILLER}
 
 
 # -- resources --------------------------------------------------------------------------------------

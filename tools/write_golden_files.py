@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd import QSGD, Cast, Codec, Identity, MinMax, Rows, TopK
 from hvd_qsgd.random_words import key_of, stream_of
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -69,6 +69,12 @@ CASES = [
     Case("topk_gaps_float16", TopK(ratio=0.05, values="float16"), gauss(300, 11) * np.float32(1e4)),
     Case("topk_ties_and_zeros", TopK(ratio=0.3), np.tile(np.array([0, 1, -1, -0.0, 2], np.float32), 8)),
     Case("topk_not_finite", TopK(), with_values(gauss(20, 12), _5=np.inf)),
+    Case("minmax_2bit", MinMax(2), gauss(50, 18)),
+    Case("minmax_7bit_after_relu", MinMax(7), np.maximum(gauss(77, 19), 0)),
+    Case("minmax_8bit_extreme", MinMax(8), with_values(gauss(30, 20), _3=3.4e38, _4=-3.4e38)),
+    Case("minmax_not_finite", MinMax(4), with_values(gauss(9, 21), _8=np.nan)),
+    Case("rows_topk", Rows(TopK(0.2), 30), gauss(100, 22)),
+    Case("rows_qsgd_second_part", Rows(QSGD(3, 16), 20), gauss(70, 23), first=60),
     Case("cast_float16", Cast(), with_values(gauss(20, 13), _0=np.nan, _1=1e6, _2=1e-7, _3=-0.0)),
     Case("cast_bfloat16", Cast("bfloat16"), with_values(gauss(20, 14), _0=np.nan, _1=3.4e38, _2=1e-45, _3=-0.0)),
     Case("identity", Identity(), with_values(gauss(9, 15), _1=np.inf, _2=-0.0)),

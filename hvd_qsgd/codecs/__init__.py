@@ -7,13 +7,26 @@ from typing import Any
 from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.codecs.cast import Cast
 from hvd_qsgd.codecs.identity import Identity
+from hvd_qsgd.codecs.minmax import MinMax
 from hvd_qsgd.codecs.qsgd import QSGD
+from hvd_qsgd.codecs.rows import Rows
 from hvd_qsgd.codecs.topk import TopK
 from hvd_qsgd.errors import ConfigError
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (QSGD, TopK, Identity, Cast)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (QSGD, TopK, MinMax, Rows, Identity, Cast)}
 
-__all__ = ["CODECS", "QSGD", "Cast", "Codec", "Identity", "Kernels", "TopK", "codec_from_config"]
+__all__ = [
+    "CODECS",
+    "QSGD",
+    "Cast",
+    "Codec",
+    "Identity",
+    "Kernels",
+    "MinMax",
+    "Rows",
+    "TopK",
+    "codec_from_config",
+]
 
 
 def codec_from_config(config: dict[str, Any]) -> Codec:
@@ -26,6 +39,8 @@ def codec_from_config(config: dict[str, Any]) -> Codec:
     name = fields.pop("codec", None)
     if not isinstance(name, str) or name not in CODECS:
         raise ConfigError(f"Unknown codec {name!r}; known are {', '.join(sorted(CODECS))}.")
+    if isinstance(fields.get("inner"), dict):
+        fields["inner"] = codec_from_config(fields["inner"])
     try:
         return CODECS[name](**fields)
     except TypeError as error:
