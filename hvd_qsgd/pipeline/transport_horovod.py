@@ -1,0 +1,105 @@
+"""Messages over Horovod, which has no point-to-point messages: an alltoall in a process set of the two ranks.
+
+Collectives are matched by name, which holds sender, receiver, tag and number, so the order does not matter.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+from horovod.common.exceptions import HorovodInternalError
+
+from hvd_qsgd.errors import ExchangeError
+from hvd_qsgd.pipeline.transport import GRACE_S, PAUSE, StageError, Transport
+
+#: What a failing rank sends in place of a message begins with this.
+FAILED = b"HQPX"
+#: Tags are numbers below this one.
+TAGS = 3
+
+
+def pipeline_links(ranks: int, stages: int) -> list[hvd.ProcessSet]:
+    """The process sets of neighbours, for ``hvd.init(process_sets=...)`` or ``hvd.add_process_set``."""
+    return [hvd.ProcessSet([rank, rank + 1]) for rank in range(ranks - 1) if (rank + 1) % stages]
+
+
+def stage_sets(ranks: int, stages: int) -> list[hvd.ProcessSet]:
+    """For each stage the process set of its replicas, within which they average gradients."""
+    return [hvd.ProcessSet(list(range(stage, ranks, stages))) for stage in range(stages)]
+
+
+class HorovodTransport(Transport):
+    """Neighbours in a Horovod job.
+
+    Args:
+        links: process sets of two ranks each, known to Horovod; see :func:`pipeline_links`.
+        timeout: seconds to wait for a message.
+    """
+
+    def __init__(self, links: list[hvd.ProcessSet], timeout: float = 600.0) -> None:
+        self.rank, self.ranks = hvd.rank(), hvd.size()
+        self.timeout = timeout
+        self._links = {peer: link for link in links if self.rank in link.ranks for peer in link.ranks}
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._received: Counter[tuple[int, int]] = Counter()
+        self._outgoing: list[int] = []
+
+    def send(self, peer: int, tag: int, message: np.ndarray) -> None:
+        self._outgoing.append(self._start(self.rank, peer, tag, self._sent, message))
+
+    def receive(self, peer: int, tag: int) -> np.ndarray:
+        handle = self._start(peer, self.rank, tag, self._received, np.empty(0, np.uint8))
+        self._await(lambda: self._look() and hvd.poll(handle), f"for message {tag} from rank {peer}")
+        return self._finish(handle)
+
+    def flush(self) -> None:
+        self._await(lambda: self._look() and not self._outgoing, "for its messages to be received")
+
+    def abort(self, cause: str) -> None:
+        # Neighbours wait for the next message of some tag, or have sent one that nobody will answer.
+        text = np.frombuffer(FAILED + cause.encode(), np.uint8).copy()
+        handles = []
+        for peer in self._links:
+            if peer != self.rank:
+                for tag in range(TAGS):
+                    handles.append(self._start(self.rank, peer, tag, self._sent, text))
+                    handles.append(self._start(peer, self.rank, tag, self._received, text))
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and not any(hvd.poll(handle) for handle in handles):
+            time.sleep(PAUSE)
+
+    def _start(self, source: int, target: int, tag: int, counter: Counter[tuple[int, int]], data: np.ndarray) -> int:
+        peer = target if source == self.rank else source
+        link = self._links.get(peer)
+        if link is None:
+            raise ExchangeError(
+                f"Rank {self.rank} has no process set with rank {peer}: pass those of pipeline_links()."
+            )
+        number = counter[peer, tag]
+        counter[peer, tag] += 1
+        splits = torch.tensor([len(data) if rank == peer else 0 for rank in link.ranks], dtype=torch.int32)
+        name = f"hvd_qsgd.pipeline.{source}.{target}.{tag}.{number}"
+        handle: Any = hvd.alltoall_async(torch.from_numpy(data), splits, name=name, process_set=link)
+        return int(handle)
+
+    def _look(self) -> bool:
+        """Drop what has been sent. True, for use in conditions."""
+        for handle in [handle for handle in self._outgoing if hvd.poll(handle)]:
+            self._outgoing.remove(handle)
+            self._finish(handle)
+        return True
+
+    def _finish(self, handle: int) -> np.ndarray:
+        try:
+            received, _ = hvd.synchronize(handle)
+        except HorovodInternalError as error:
+            raise StageError(f"Another rank has ended: {error}") from error
+        message: np.ndarray = received.numpy()
+        if message[: len(FAILED)].tobytes() == FAILED:
+            raise StageError(message[len(FAILED) :].tobytes().decode(errors="replace"))
+        return message
