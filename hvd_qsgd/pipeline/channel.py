@@ -79,7 +79,7 @@ class End:
     def state_digest(self) -> np.ndarray:
         """What must be equal on both ends: the number of messages, and memories that both keep."""
         digest = self.store.digest() if self.remembers_on_both_ends else b""
-        return np.frombuffer(self.sequence.to_bytes(8, "little") + digest, np.uint8)
+        return np.frombuffer(self.sequence.to_bytes(8, "little") + digest, np.uint8).copy()
 
     def state_dict(self) -> dict[str, Any]:
         return {"sequence": self.sequence, "store": self.store.state_dict()}

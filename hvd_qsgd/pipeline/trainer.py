@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +37,8 @@ class Pipeline(Base):
                 optimizer.step()
 
     All ranks make it with the same settings and call the same methods in the same order. An error
-    inside the ``with`` block on one rank ends the block on all ranks of the job, with its cause.
+    inside the ``with`` block on one rank ends the block on all ranks, with its cause; without an
+    error the block ends when it has ended on all ranks.
 
     Args:
         stages: the parts of the model; this rank keeps its own as ``module`` and forgets the others.
@@ -131,11 +133,11 @@ class Pipeline(Base):
         samples: Any = None,
         batch_size: int | None = None,
     ) -> float | None:
-        with self:
+        with self._telling():
             return self._train_step(loss, inputs, targets, samples, batch_size)
 
     def predict(self, inputs: torch.Tensor | None = None, batch_size: int | None = None) -> torch.Tensor | None:
-        with self, torch.no_grad(), evaluating(self.module):
+        with self._telling(), torch.no_grad(), evaluating(self.module):
             parts = cut(self._batch_size(inputs, None, batch_size), self.micro_batches)
             outputs = [self._forward(part, inputs, None, False)[1] for part in parts]
             self.transport.flush()
@@ -235,7 +237,7 @@ class Pipeline(Base):
         Raises:
             ExchangeError: they differ.
         """
-        with self:
+        with self._telling():
             for (side, _), end in self._ends.items():
                 self.transport.send(self._peer(side), CONTROL, end.state_digest())
             for (side, _), end in self._ends.items():
@@ -282,7 +284,7 @@ class Pipeline(Base):
     def _peer(self, side: str) -> int:
         return self.transport.rank + (1 if side == "after" else -1)
 
-    # -- failure ----------------------------------------------------------------------------------
+    # -- beginning and end ------------------------------------------------------------------------
 
     def __enter__(self) -> Pipeline:
         return self
@@ -290,11 +292,26 @@ class Pipeline(Base):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or self._failed:
+        if error is None:
+            self.transport.close()
+        else:
+            self._tell(error)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """A block whose errors all ranks get to know."""
+        try:
+            yield
+        except BaseException as error:
+            self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        if self._failed:
             return
         self._failed = True
         cause = str(error)
         if not isinstance(error, StageError):
             where = f"stage {self.stage} of replica {self.replica} (rank {self.transport.rank})"
-            cause = f"{where} failed: {''.join(traceback.format_exception_only(error)).strip()}"
+            cause = f"{where} failed: {''.join(traceback.format_exception_only(type(error), error)).strip()}"
         self.transport.abort(cause)

@@ -49,6 +49,10 @@ class Transport(ABC):
     def abort(self, cause: str) -> None:
         """Tell the other ranks that this one has failed. They raise StageError with the cause."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Wait until all ranks have come here."""
+
     def _await(self, done: Callable[[], bool], what: str) -> None:
         """Return when ``done``, which is called again and again."""
         deadline = time.monotonic() + self.timeout

@@ -23,21 +23,34 @@ FAILED = b"HQPX"
 TAGS = 3
 
 
-def pipeline_links(ranks: int, stages: int) -> list[hvd.ProcessSet]:
-    """The process sets of neighbours, for ``hvd.init(process_sets=...)`` or ``hvd.add_process_set``."""
-    return [hvd.ProcessSet([rank, rank + 1]) for rank in range(ranks - 1) if (rank + 1) % stages]
+def pipeline_links(stages: int) -> list[hvd.ProcessSet]:
+    """A process set for each pair of neighbours in pipelines of so many stages.
+
+    All ranks call it after ``hvd.init()``, with HOROVOD_DYNAMIC_PROCESS_SETS=1 in the environment.
+    """
+    return [process_set_of([rank, rank + 1]) for rank in range(hvd.size() - 1) if (rank + 1) % stages]
 
 
-def stage_sets(ranks: int, stages: int) -> list[hvd.ProcessSet]:
-    """For each stage the process set of its replicas, within which they average gradients."""
-    return [hvd.ProcessSet(list(range(stage, ranks, stages))) for stage in range(stages)]
+def stage_sets(stages: int) -> list[hvd.ProcessSet]:
+    """For each stage the process set of its replicas, within which they average gradients.
+
+    All ranks call it, as :func:`pipeline_links`.
+    """
+    return [process_set_of(list(range(stage, hvd.size(), stages))) for stage in range(stages)]
+
+
+def process_set_of(ranks: list[int]) -> hvd.ProcessSet:
+    """A new process set, or Horovod's own if it is that of all ranks, which cannot be made twice."""
+    if len(ranks) == hvd.size():
+        return hvd.global_process_set
+    return hvd.add_process_set(ranks)
 
 
 class HorovodTransport(Transport):
     """Neighbours in a Horovod job.
 
     Args:
-        links: process sets of two ranks each, known to Horovod; see :func:`pipeline_links`.
+        links: process sets of two ranks each; see :func:`pipeline_links`.
         timeout: seconds to wait for a message.
     """
 
@@ -72,6 +85,11 @@ class HorovodTransport(Transport):
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and not any(hvd.poll(handle) for handle in handles):
             time.sleep(PAUSE)
+
+    def close(self) -> None:
+        # A rank that leaves shuts Horovod down for all.
+        self.flush()
+        hvd.barrier()
 
     def _start(self, source: int, target: int, tag: int, counter: Counter[tuple[int, int]], data: np.ndarray) -> int:
         peer = target if source == self.rank else source

@@ -54,6 +54,11 @@ class MPITransport(Transport):
         while not MPI.Request.Testall(requests) and time.monotonic() < deadline:
             time.sleep(PAUSE)
 
+    def close(self) -> None:
+        self.flush()
+        barrier = self.communicator.Ibarrier()
+        self._await(lambda: self._progress() and barrier.Test(), "for all ranks to end")
+
     def _progress(self) -> bool:
         """Let everything under way move on. True, for use in conditions."""
         status = MPI.Status()
