@@ -86,3 +86,9 @@ def test_the_torch_package_loads_no_other_framework() -> None:
     assert {"torch", "horovod"} <= ours
     assert ours - theirs == set()
     assert not ours & {"tensorflow", "keras", "tf_keras", "mpi4py"}
+
+
+def test_pipelines_need_torch_only_until_they_send() -> None:
+    pytest.importorskip("torch")
+    ours, theirs = loaded_by("import hvd_qsgd.pipeline"), loaded_by("import torch")
+    assert "torch" in ours and ours - theirs == set()
