@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from hvd_qsgd import QSGD, Cast, ExchangeError, MinMax, TopK
 from hvd_qsgd.pipeline import Direction, Pipeline, SimulatedPipeline, StageError, split
+from hvd_qsgd.pipeline.ends import ACTIVATION, AFTER, BEFORE
 
 D = Direction
 CASES: dict[str, tuple[Direction, Direction]] = {
@@ -122,7 +123,7 @@ def checkpoint(count: int) -> None:
     pipeline = Pipeline(stages(count), **options)
     gradients(pipeline)
     if pipeline.stage == 0:
-        pipeline._ends["after", "forward"].store.clear()
+        pipeline.ends.by_place[AFTER, ACTIVATION].store.clear()
     try:
         pipeline.verify()
     except ExchangeError as error:
@@ -201,7 +202,7 @@ def failure(count: int, transport: Any, how: str) -> None:
     try:
         with Pipeline(parts, forward=directions[0], backward=directions[1], transport=transport) as pipeline:
             if how == "settings" and pipeline.stage == 1:
-                pipeline._ends["before", "forward"]._fingerprint ^= 1
+                pipeline.ends.by_place[BEFORE, ACTIVATION]._fingerprint ^= 1
             for step in range(20):
                 if how == "outside" and step == 2 and pipeline.stage == 1:
                     raise ValueError("what went wrong")

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from hvd_qsgd.codecs.base import check_choice
-from hvd_qsgd.errors import ConfigError, ExchangeError
+from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.pipeline.base import Base, Directions, Loss, cut, evaluating
-from hvd_qsgd.pipeline.boundary import WAYS
-from hvd_qsgd.pipeline.channel import End, Receiver, Sender, Settings, check_samples
+from hvd_qsgd.pipeline.channel import Settings, check_samples
+from hvd_qsgd.pipeline.ends import ACTIVATION, AFTER, BEFORE, GRADIENT, Ends
 from hvd_qsgd.pipeline.schedule import FORWARD, SCHEDULES, actions
 from hvd_qsgd.pipeline.transport import StageError, Transport
 from hvd_qsgd.stats import Stats
-
-#: Tags of messages; the last is for everything that is neither activation nor gradient.
-ACTIVATION, GRADIENT, CONTROL = range(3)
 
 
 class Pipeline(Base):
@@ -91,15 +86,7 @@ class Pipeline(Base):
         first = next(self.module.parameters(), torch.empty(0))
         self.device = torch.device(device) if device is not None else first.device
         self._failed = False
-        self._ends: dict[tuple[str, str], End] = {}
-        if not self.is_first:
-            self._add_ends("before", self.stage - 1, (Receiver, Sender), settings)
-        if not self.is_last:
-            self._add_ends("after", self.stage, (Sender, Receiver), settings)
-
-    def _add_ends(self, side: str, boundary: int, kinds: Sequence[type[End]], settings: Settings) -> None:
-        for way, kind, direction in zip(WAYS, kinds, self.directions[boundary]):
-            self._ends[side, way] = kind(f"boundary{boundary}.{way}", direction, settings)
+        self.ends = Ends(self.stage, self.directions, settings, transport)
 
     @property
     def is_first(self) -> bool:
@@ -119,9 +106,7 @@ class Pipeline(Base):
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, counted from 0; warm-up ends by it."""
-        for end in self._ends.values():
-            if isinstance(end, Sender):
-                end.epoch = epoch
+        self.ends.set_epoch(epoch)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -164,8 +149,7 @@ class Pipeline(Base):
                 value.backward()
                 total += float(value.detach())
             else:
-                message = self.transport.receive(self._peer("after"), GRADIENT)
-                gradient = self._receiver("after", "backward").decode(message, self.device, mask).tensor
+                gradient = self.ends.receive(AFTER, GRADIENT, self.device, mask).tensor
                 if output.requires_grad:
                     output.backward(gradient)
             if received is not None:
@@ -182,39 +166,27 @@ class Pipeline(Base):
             x = inputs[part].to(self.device)
             numbers = samples[part] if samples is not None else None
         else:
-            message = self.transport.receive(self._peer("before"), ACTIVATION)
-            received = self._receiver("before", "forward").decode(message, self.device)
+            received = self.ends.receive(BEFORE, ACTIVATION, self.device)
             numbers = samples[part] if samples is not None else received.header.samples
             x = received.tensor.requires_grad_(training)
         output = self.module(x)
         mask = None
         if not self.is_last:
-            message, mask = self._sender("after", "forward").encode(
+            mask = self.ends.send(
+                AFTER,
+                ACTIVATION,
                 output,
                 first_row=part.start,
                 samples=numbers,
                 training=training,
                 want_mask=training and self.directions[self.stage][1].shared_mask,
             )
-            self.transport.send(self._peer("after"), ACTIVATION, message)
         return received, output, mask, numbers
 
     def _send_gradient(self, received: Any, part: slice, numbers: Any) -> None:
         x = received.tensor
         gradient = x.grad if x.grad is not None else torch.zeros_like(x)
-        sender = self._sender("before", "backward")
-        message, _ = sender.encode(gradient, first_row=part.start, samples=numbers, mask=received.mask)
-        self.transport.send(self._peer("before"), GRADIENT, message)
-
-    def _sender(self, side: str, way: str) -> Sender:
-        end = self._ends[side, way]
-        assert isinstance(end, Sender)
-        return end
-
-    def _receiver(self, side: str, way: str) -> Receiver:
-        end = self._ends[side, way]
-        assert isinstance(end, Receiver)
-        return end
+        self.ends.send(BEFORE, GRADIENT, gradient, first_row=part.start, samples=numbers, mask=received.mask)
 
     def _batch_size(self, inputs: Any, targets: Any, batch_size: int | None) -> int:
         sizes = {len(given) for given in (inputs, targets) if given is not None}
@@ -228,35 +200,18 @@ class Pipeline(Base):
 
     # -- state ------------------------------------------------------------------------------------
 
-    def verify(self, repair: bool = False) -> None:
+    def verify(self) -> None:
         """Compare what the two ends of every boundary remember. All ranks call it.
-
-        Args:
-            repair: where they differ, let both ends forget everything, with a warning, instead of raising.
 
         Raises:
             ExchangeError: they differ.
         """
         with self._telling():
-            for (side, _), end in self._ends.items():
-                self.transport.send(self._peer(side), CONTROL, end.state_digest())
-            for (side, _), end in self._ends.items():
-                other = self.transport.receive(self._peer(side), CONTROL)
-                if np.array_equal(other, end.state_digest()):
-                    continue
-                if not repair:
-                    raise ExchangeError(
-                        f"{end.name}: the two ends of the boundary remember different things. "
-                        f"Load the state of one checkpoint on all stages, or call reset() on all stages."
-                    )
-                warnings.warn(f"{end.name}: the ends remembered different things, and forget them now.", stacklevel=2)
-                end.reset()
-            self.transport.flush()
+            self.ends.verify()
 
     def reset(self) -> None:
         """Forget all memories of feedback; call it on all ranks."""
-        for end in self._ends.values():
-            end.reset()
+        self.ends.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """Memories of feedback of this rank, which differ from rank to rank: save them on every rank.
@@ -264,25 +219,18 @@ class Pipeline(Base):
         All ranks call it: both ends of a boundary are compared first.
         """
         self.verify()
-        return {f"{side}.{way}": end.state_dict() for (side, way), end in self._ends.items()}
+        return self.ends.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. All ranks call it; where the two ends of a boundary do not
         fit together, or one has no state (an empty dictionary), both start anew, with a warning."""
-        for (side, way), end in self._ends.items():
-            if f"{side}.{way}" in state:
-                end.load_state_dict(state[f"{side}.{way}"])
-            else:
-                end.reset()
-        self.verify(repair=True)
+        with self._telling():
+            self.ends.load_state_dict(state)
+            self.ends.verify(repair=True)
 
     def stats(self) -> Stats:
         """Bytes that this rank has sent, by boundary and direction."""
-        senders = [end for end in self._ends.values() if isinstance(end, Sender)]
-        return Stats({sender.name: sender.stats for sender in senders})
-
-    def _peer(self, side: str) -> int:
-        return self.transport.rank + (1 if side == "after" else -1)
+        return self.ends.stats()
 
     # -- beginning and end ------------------------------------------------------------------------
 

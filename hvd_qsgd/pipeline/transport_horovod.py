@@ -5,9 +5,9 @@ Collectives are matched by name, which holds sender, receiver, tag and number, s
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
@@ -15,12 +15,11 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_qsgd.errors import ExchangeError
+from hvd_qsgd.pipeline.ends import ACTIVATION, CONTROL, GRADIENT
 from hvd_qsgd.pipeline.transport import GRACE_S, PAUSE, StageError, Transport
 
 #: What a failing rank sends in place of a message begins with this.
 FAILED = b"HQPX"
-#: Tags are numbers below this one.
-TAGS = 3
 
 
 def pipeline_links(stages: int) -> list[hvd.ProcessSet]:
@@ -74,17 +73,18 @@ class HorovodTransport(Transport):
         self._await(lambda: self._look() and not self._outgoing, "for its messages to be received")
 
     def abort(self, cause: str) -> None:
-        # Neighbours wait for the next message of some tag, or have sent one that nobody will answer.
+        # Neighbours wait for the next message of some tag, or have sent one that nobody will answer; who is told
+        # tells its other neighbour. The rank that leaves first shuts Horovod down for all, so all wait for all.
         text = np.frombuffer(FAILED + cause.encode(), np.uint8).copy()
-        handles = []
-        for peer in self._links:
-            if peer != self.rank:
-                for tag in range(TAGS):
-                    handles.append(self._start(self.rank, peer, tag, self._sent, text))
-                    handles.append(self._start(peer, self.rank, tag, self._received, text))
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and not any(hvd.poll(handle) for handle in handles):
-            time.sleep(PAUSE)
+        with contextlib.suppress(StageError):
+            for peer in self._links:
+                for tag in (ACTIVATION, GRADIENT, CONTROL) if peer != self.rank else ():
+                    self._start(self.rank, peer, tag, self._sent, text)
+                    self._start(peer, self.rank, tag, self._received, text)
+            told = hvd.allreduce_async(torch.ones(1), name="hvd_qsgd.pipeline.abort")
+            deadline = time.monotonic() + GRACE_S
+            while time.monotonic() < deadline and not hvd.poll(told):
+                time.sleep(PAUSE)
 
     def close(self) -> None:
         # A rank that leaves shuts Horovod down for all.
@@ -102,8 +102,11 @@ class HorovodTransport(Transport):
         counter[peer, tag] += 1
         splits = torch.tensor([len(data) if rank == peer else 0 for rank in link.ranks], dtype=torch.int32)
         name = f"hvd_qsgd.pipeline.{source}.{target}.{tag}.{number}"
-        handle: Any = hvd.alltoall_async(torch.from_numpy(data), splits, name=name, process_set=link)
-        return int(handle)
+        try:
+            return int(hvd.alltoall_async(torch.from_numpy(data), splits, name=name, process_set=link))
+        except ValueError as error:
+            # Process sets are gone once Horovod has been shut down.
+            raise StageError(f"Another rank has ended: {error}") from error
 
     def _look(self) -> bool:
         """Drop what has been sent. True, for use in conditions."""
