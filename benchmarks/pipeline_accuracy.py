@@ -6,7 +6,7 @@
 
 All stages run in one process with the numbers of a real pipeline (``SimulatedPipeline``). Every trained
 model is tested twice: with compression at inference and without. Each run is a line of a file, so that an
-interrupted benchmark goes on where it was. Writes that file, a table and a plot.
+interrupted benchmark goes on where it was. Writes that file, tables and a plot.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from pipeline_tasks import Task, bible_task, mnist_task
-from rich.console import Console
-from rich.table import Table
 
 from hvd_qsgd import QSGD, MinMax, TopK
 from hvd_qsgd.pipeline import Direction, SimulatedPipeline
@@ -103,16 +101,19 @@ def load(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def show(runs: list[dict[str, Any]], console: Console) -> None:
+def tables(runs: list[dict[str, Any]]) -> str:
+    """One table a task, in Markdown: mean and standard deviation over seeds."""
+    lines = []
     for task in dict.fromkeys(run["task"] for run in runs):
         unit = "accuracy, %" if task == "resnet" else "loss, nats a character"
-        table = Table(title=f"{task}: {unit}, mean and standard deviation over seeds")
-        for column in ("activations / gradients", "seeds", "compressed at inference", "not", "times fewer bytes"):
-            table.add_column(column, justify="left" if column.startswith("act") else "right")
+        lines += [f"{task}: {unit}", "", "| activations / gradients | on | off | times fewer bytes | seeds |"]
+        lines += ["|---|---|---|---|---|"]
         for name, group in grouped(runs, task).items():
-            cells = [f"{mean(group, key):.2f} ± {deviation(group, key):.2f}" for key in ("on", "off")]
-            table.add_row(name, str(len(group)), *cells, f"{mean(group, 'times_fewer_bytes'):.1f}")
-        console.print(table)
+            cells = [summary(group, key) for key in ("on", "off")]
+            cells += [f"{mean(group, 'times_fewer_bytes'):.1f}", str(len(group))]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines) + "on, off: whether it is compressed at inference, too\n"
 
 
 def grouped(runs: list[dict[str, Any]], task: str) -> dict[str, list[dict[str, Any]]]:
@@ -125,7 +126,13 @@ def mean(group: list[dict[str, Any]], key: str) -> float:
 
 
 def deviation(group: list[dict[str, Any]], key: str) -> float:
-    return statistics.stdev(run[key] for run in group) if len(group) > 1 else float("nan")
+    return statistics.stdev(run[key] for run in group) if len(group) > 1 else 0.0
+
+
+def summary(group: list[dict[str, Any]], key: str) -> str:
+    """Mean and standard deviation, of which one run tells nothing."""
+    spread = f" ± {deviation(group, key):.2f}" if len(group) > 1 else ""
+    return f"{mean(group, key):.2f}{spread}"
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
@@ -141,7 +148,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         for key, colour, shift in (("on", "tab:blue", 0.0), ("off", "tab:orange", 0.25)):
             places = np.arange(len(groups)) + shift
             means = [mean(group, key) for group in groups.values()]
-            errors = [np.nan_to_num(deviation(group, key)) for group in groups.values()]
+            errors = [deviation(group, key) for group in groups.values()]
             label = "compressed at inference" if key == "on" else "not compressed at inference"
             axis.errorbar(means, places, xerr=errors, fmt="o", color=colour, label=label)
         axis.set_yticks(range(len(groups)), list(groups))
@@ -160,7 +167,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="settings whose names contain one of these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
     parser.add_argument("--quick", action="store_true", help="few samples, one epoch, one seed, six settings")
-    parser.add_argument("--output", type=Path, default=Path("pipeline_accuracy"), help="of .jsonl and .png")
+    parser.add_argument("--output", type=Path, default=Path("pipeline_accuracy"), help="of .jsonl, .md and .png")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.quick:
@@ -185,9 +192,11 @@ def main() -> None:
                     f"seed {seed} {kind}, {name}: {result['on']:.2f} {result['off']:.2f} {result['seconds']:.0f} s",
                     flush=True,
                 )
-    show(runs, Console(width=120))
+    table = tables(runs)
+    print(table)
+    arguments.output.with_suffix(".md").write_text(table)
     plot(runs, arguments.output.with_suffix(".png"))
-    print(f"wrote {path} and {arguments.output.with_suffix('.png')}")
+    print(f"wrote {arguments.output}: .jsonl, .md and .png")
 
 
 if __name__ == "__main__":

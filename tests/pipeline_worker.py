@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from hvd_qsgd import QSGD, Cast, ExchangeError, MinMax, TopK
 from hvd_qsgd.pipeline import Direction, Pipeline, SimulatedPipeline, StageError, split
-from hvd_qsgd.pipeline.ends import ACTIVATION, AFTER, BEFORE
+from hvd_qsgd.pipeline.ends import ACTIVATION, AFTER
 
 D = Direction
 CASES: dict[str, tuple[Direction, Direction]] = {
@@ -201,8 +201,6 @@ def failure(count: int, transport: Any, how: str) -> None:
     directions = Direction(QSGD(8)), Direction(QSGD(8))
     try:
         with Pipeline(parts, forward=directions[0], backward=directions[1], transport=transport) as pipeline:
-            if how == "settings" and pipeline.stage == 1:
-                pipeline.ends.by_place[BEFORE, ACTIVATION]._fingerprint ^= 1
             for step in range(20):
                 if how == "outside" and step == 2 and pipeline.stage == 1:
                     raise ValueError("what went wrong")
@@ -219,7 +217,7 @@ def report(pipeline: Pipeline, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=["identical", "checkpoint", "hybrid", "error", "kill", "outside", "settings"])
+    parser.add_argument("work", nargs="+", choices=["identical", "checkpoint", "hybrid", "error", "kill", "outside"])
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--transport", choices=["mpi", "horovod"], default="mpi")
     parser.add_argument("--cases", nargs="+", default=list(CASES))
@@ -234,14 +232,15 @@ def main() -> None:
 
         hvd.init()
         transport = HorovodTransport(pipeline_links(arguments.stages))
-    if arguments.work == "identical":
-        identical(arguments.stages, transport, arguments.cases, tuple(arguments.schedules))
-    elif arguments.work == "checkpoint":
-        checkpoint(arguments.stages)
-    elif arguments.work == "hybrid":
-        hybrid(arguments.stages)
-    else:
-        failure(arguments.stages, transport, arguments.work)
+    for work in arguments.work:
+        if work == "identical":
+            identical(arguments.stages, transport, arguments.cases, tuple(arguments.schedules))
+        elif work == "checkpoint":
+            checkpoint(arguments.stages)
+        elif work == "hybrid":
+            hybrid(arguments.stages)
+        else:
+            failure(arguments.stages, transport, work)
 
 
 if __name__ == "__main__":
