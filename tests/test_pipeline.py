@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkers import check_same_bits, flip_bit
-from pipeline_worker import CASES, data, stages, train
+from pipeline_worker import CASES, check_same, data, stages, train
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -361,6 +361,14 @@ def test_random_words_differ_between_boundaries_messages_replicas_and_seeds() ->
     assert len(made) == 8
 
 
+def test_the_comparison_with_real_ranks_fails_on_one_flipped_bit() -> None:
+    weights = [gauss(3, 4), gauss(5)]
+    check_same(weights, [weight.clone() for weight in weights])
+    for bit in (0, 8 * 4 * 12 - 1):
+        with pytest.raises(AssertionError):
+            check_same(weights, [torch.from_numpy(flip_bit(weights[0].numpy(), bit)), weights[1]])
+
+
 # -- order of work -----------------------------------------------------------------------------------
 
 
@@ -417,6 +425,8 @@ def test_batches_are_cut_as_evenly_as_can_be() -> None:
         (lambda: Direction(warmup_epochs=-1), ConfigError, "warmup_epochs=-1"),
         (lambda: Boundary(Direction(shared_mask=True)), ConfigError, "is for gradients"),
         (lambda: Boundary(backward=Direction(QSGD(), "aq-sgd")), ConfigError, "is for activations"),
+        (lambda: Settings(verify_every=0), ConfigError, "verify_every=0"),
+        (lambda: Settings(memory_limit=-1), ConfigError, "memory_limit=-1"),
         (lambda: SimulatedPipeline([]), ConfigError, "one stage at least"),
         (lambda: SimulatedPipeline(stages(2), micro_batches=0), ConfigError, "micro_batches=0"),
         (lambda: SimulatedPipeline(stages(4), forward=[Direction()] * 2), ConfigError, "2 entries for 3 boundaries"),

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvd_qsgd.codecs.base import check_integer
 from hvd_qsgd.errors import ConfigError, ExchangeError
 from hvd_qsgd.pipeline.coding import METHODS, Coder, Decoded, Plain, as_bytes, codec_of
 from hvd_qsgd.pipeline.direction import Direction
 from hvd_qsgd.pipeline.message import Header, check_tensor, unpack
 from hvd_qsgd.pipeline.row_store import RowStore
-from hvd_qsgd.random_words import key_of, stream_of
+from hvd_qsgd.random_words import MASK64, key_of, stream_of
 from hvd_qsgd.stats import TensorStats
 
 
@@ -41,6 +42,11 @@ class Settings:
     memory_limit: int = 1 << 30
     directory: str | None = None
     verify_every: int = 100
+
+    def __post_init__(self) -> None:
+        check_integer("Settings", "seed", self.seed, 0, MASK64)
+        check_integer("Settings", "memory_limit", self.memory_limit, 0, MASK64)
+        check_integer("Settings", "verify_every", self.verify_every, 1, MASK64)
 
 
 @dataclass
