@@ -36,8 +36,10 @@ from hvd_qsgd import (
     EliasQSGD,
     GlobalTopK,
     Identity,
+    MinMax,
     PayloadError,
     RandomK,
+    Rows,
     RowTopK,
     Scaled,
     Sign,
@@ -72,6 +74,10 @@ CODECS: list[Codec] = [
     TopK(ratio=1),
     TopK(ratio=0.3, values="float16"),
     TopK(k=10**6),
+    *(MinMax(bits) for bits in range(2, 9)),
+    Rows(TopK(0.1), 100),
+    Rows(QSGD(bucket_size=64), 50),
+    Rows(MinMax(3), 33),
     Identity(),
     Cast(),
     Cast("bfloat16"),
@@ -109,7 +115,9 @@ def some_codec() -> st.SearchStrategy[Codec]:
     rows = st.builds(RowTopK, ratio=st.floats(0.01, 1), row=st.integers(2, 40))
     random = st.builds(RandomK, ratio=st.floats(0.01, 1), unbiased=st.booleans())
     others = [Identity(), Cast(), Cast("bfloat16"), Sign(8), Sign(24)]
-    return st.one_of(qsgd_codecs(), topk, rows, random, st.sampled_from(others))
+    minmax = st.builds(MinMax, st.integers(2, 8))
+    plain = st.one_of(qsgd_codecs(), topk, minmax, rows, random, st.sampled_from(others))
+    return st.one_of(plain, st.builds(Rows, st.one_of(qsgd_codecs(), topk, minmax), st.integers(1, 40)))
 
 
 @EACH_PAIR
@@ -238,7 +246,7 @@ class FlippedBit:
         return wrong if name == self.function else original
 
 
-@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()], ids=str)
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), MinMax(), Rows(TopK(), 300), Identity(), Cast()], ids=str)
 @pytest.mark.parametrize(
     ("function", "bit", "mode"),
     [
@@ -325,7 +333,11 @@ def test_a_requested_backend_that_is_missing_fails(backend: str) -> None:
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast(), Sign(), RandomK(), RowTopK()], ids=str)
+@pytest.mark.parametrize(
+    "codec",
+    [QSGD(), TopK(), MinMax(), Rows(TopK(), 300), Identity(), Cast(), Sign(), RandomK(), RowTopK()],
+    ids=str,
+)
 def test_a_payload_of_a_wrong_size_is_refused(backend: str, codec: Codec) -> None:
     payload = codec.encode(gauss(1000))
     for wrong in (payload[:-1], np.append(payload, np.uint8(0)), payload[:0]):
@@ -336,7 +348,7 @@ def test_a_payload_of_a_wrong_size_is_refused(backend: str, codec: Codec) -> Non
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])
-@pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()])
+@pytest.mark.parametrize("codec", [QSGD(), TopK(), MinMax(), Rows(QSGD(), 9), Identity(), Cast()])
 def test_an_unknown_mode_is_refused(backend: str, codec: Codec) -> None:
     payload, out = codec.encode(gauss(10)), np.ones(10, np.float32)
     with pytest.raises(ConfigError, match="mode='plus' is not one of"):
@@ -347,10 +359,11 @@ def test_an_unknown_mode_is_refused(backend: str, codec: Codec) -> None:
 def test_a_buffer_that_is_too_small_is_refused(backend: str) -> None:
     """As by the NumPy code; above all nothing is written behind it."""
     memory = np.full(1000, FILLER, np.uint8)
-    for kernels, wrap in ((QSGD(), wrapper("numpy")), (kernels_for(QSGD(), backend), wrapper(backend))):
-        with pytest.raises((ValueError, RuntimeError)):
-            kernels.encode_into(wrap(gauss(512)), wrap(memory[:100]))
-        assert set(memory[100:]) == {FILLER}
+    for codec in (QSGD(), MinMax(4), Rows(QSGD(), 200), Rows(MinMax(4), 2)):
+        for kernels, wrap in ((codec, wrapper("numpy")), (kernels_for(codec, backend), wrapper(backend))):
+            with pytest.raises((ValueError, RuntimeError)):
+                kernels.encode_into(wrap(gauss(512)), wrap(memory[:100]))
+            assert set(memory[100:]) == {FILLER}
 
 
 # -- resources --------------------------------------------------------------------------------------

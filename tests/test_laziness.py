@@ -98,3 +98,9 @@ def test_the_tensorflow_package_loads_no_torch() -> None:
     loaded = loaded_by("import hvd_qsgd.tensorflow, hvd_qsgd.keras, hvd_qsgd.kernels.tensorflow")
     assert {"tensorflow", "keras", "horovod"} <= loaded
     assert not loaded & {"torch", "tf_keras", "mpi4py"}
+
+
+def test_pipelines_need_torch_only_until_they_send() -> None:
+    pytest.importorskip("torch")
+    ours, theirs = loaded_by("import hvd_qsgd.pipeline"), loaded_by("import torch")
+    assert "torch" in ours and ours - theirs == set()

@@ -9,9 +9,11 @@ from hvd_qsgd.codecs.cast import Cast
 from hvd_qsgd.codecs.elias import EliasQSGD
 from hvd_qsgd.codecs.identity import Identity
 from hvd_qsgd.codecs.intsgd import IntSGD
+from hvd_qsgd.codecs.minmax import MinMax
 from hvd_qsgd.codecs.powersgd import PowerSGD
 from hvd_qsgd.codecs.qsgd import QSGD
 from hvd_qsgd.codecs.random_k import RandomK
+from hvd_qsgd.codecs.rows import Rows
 from hvd_qsgd.codecs.scaled import Scaled
 from hvd_qsgd.codecs.sign import Sign
 from hvd_qsgd.codecs.topk import TopK
@@ -25,6 +27,8 @@ CODECS: dict[str, type[Codec]] = {
     for codec in (
         QSGD,
         TopK,
+        MinMax,
+        Rows,
         Identity,
         Cast,
         Scaled,
@@ -49,9 +53,11 @@ __all__ = [
     "Identity",
     "IntSGD",
     "Kernels",
+    "MinMax",
     "PowerSGD",
     "RandomK",
     "RowTopK",
+    "Rows",
     "Scaled",
     "Sign",
     "ThresholdTopK",
@@ -70,6 +76,8 @@ def codec_from_config(config: dict[str, Any]) -> Codec:
     name = fields.pop("codec", None)
     if not isinstance(name, str) or name not in CODECS:
         raise ConfigError(f"Unknown codec {name!r}; known are {', '.join(sorted(CODECS))}.")
+    if isinstance(fields.get("inner"), dict):
+        fields["inner"] = codec_from_config(fields["inner"])
     try:
         return CODECS[name](**fields)
     except TypeError as error:

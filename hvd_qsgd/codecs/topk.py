@@ -8,6 +8,7 @@ JACM 1974 (high parts in unary, low parts verbatim).
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import ClassVar
@@ -190,6 +191,7 @@ def position_sizes(length: int, count: int) -> tuple[tuple[int, int, int], int]:
     return (form_size(length, count, PLAIN, width), form_size(length, count, BITMAP, 0), gap), low_bits
 
 
+@functools.lru_cache(maxsize=4096)
 def smallest_form(length: int, count: int) -> tuple[int, int]:
     """The form that takes the fewest bytes (the first of equals) and the low bits in its header."""
     sizes, low_bits = position_sizes(length, count)

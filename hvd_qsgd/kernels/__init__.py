@@ -10,6 +10,7 @@ import functools
 import importlib
 
 from hvd_qsgd.codecs.base import Codec, Kernels
+from hvd_qsgd.codecs.rows import Rows, RowsKernels
 from hvd_qsgd.errors import ConfigError
 
 #: backend -> codec name -> "module:class". A codec without an entry for a backend over NumPy
@@ -17,6 +18,7 @@ from hvd_qsgd.errors import ConfigError
 KERNELS: dict[str, dict[str, str]] = {
     "numpy": {},
     "numba": {
+        "minmax": "hvd_qsgd.kernels.numba.minmax:MinMaxKernels",
         "qsgd": "hvd_qsgd.kernels.numba.qsgd:QSGDKernels",
         "topk": "hvd_qsgd.kernels.numba.topk:TopKKernels",
         "topk_global": "hvd_qsgd.kernels.numba.topk:TopKKernels",
@@ -27,6 +29,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "scaled": "hvd_qsgd.kernels.scaled:NumbaKernels",
     },
     "torch": {
+        "minmax": "hvd_qsgd.kernels.torch.minmax:MinMaxKernels",
         "qsgd": "hvd_qsgd.kernels.torch.qsgd:QSGDKernels",
         "topk": "hvd_qsgd.kernels.torch.topk:TopKKernels",
         "identity": "hvd_qsgd.kernels.torch.plain:IdentityKernels",
@@ -60,6 +63,8 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
     """
     if backend not in KERNELS:
         raise ConfigError(f"Unknown backend {backend!r}; known are {', '.join(KERNELS)}.")
+    if isinstance(codec, Rows):
+        return RowsKernels(codec, kernels_for(codec.inner, backend))
     entry = KERNELS[backend].get(codec.name)
     if entry is None:
         if backend in NUMPY_ARRAYS:
