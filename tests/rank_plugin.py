@@ -25,8 +25,9 @@ class RankPlugin:
         self._hvd = hvd
         self._counts = {"collected": 0, "passed": 0}
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # Not skipped but left out, so that all that is collected must pass.
+        # Not skipped but left out, so that all that is collected must pass. Last: after what -k deselects.
         size = self._hvd.size()
         items[:] = [item for item in items if all(mark.args == (size,) for mark in item.iter_markers("ranks"))]
         self._counts["collected"] = len(items)

@@ -30,7 +30,7 @@ from hvd_qsgd import (
 from hvd_qsgd.collectives.simulated import perform, simulate
 from hvd_qsgd.exchanges import EXCHANGES, Job, choose_exchange
 from hvd_qsgd.exchanges import check_exchange as check_choice
-from hvd_qsgd.exchanges.base import HEADER_BYTES, AllGather, AllReduce, shard_bytes, shards_of
+from hvd_qsgd.exchanges.base import HEADER_BYTES, AllGather, AllReduce, Steps, phase_of, shard_bytes, shards_of
 
 RANKS = (1, 2, 3, 4, 7, 16, 64)
 CODECS: list[Codec] = [
@@ -554,3 +554,25 @@ def test_an_exchange_of_nothing_works() -> None:
         for lengths in ((), (0,), (0, 0)):
             jobs: list[Job] = check_exchange(exchange, QSGD(), make_inputs(3, lengths))
             assert all(len(piece.out) == 0 for piece in jobs[0].pieces)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_phases_are_the_collectives_that_come(name: str) -> None:
+    """Graphs are built for these phases before any exchange runs."""
+    seen: list[list[str]] = []
+
+    def recorded(steps: Steps) -> Steps:
+        phases: list[str] = []
+        seen.append(phases)
+        outcome: Any = None
+        while True:
+            try:
+                request = steps.send(outcome)
+            except StopIteration:
+                return
+            phases.append(phase_of(request))
+            outcome = yield request
+
+    jobs = make_jobs(QSGD(), [[gauss(2000, rank), gauss(700, rank)] for rank in range(3)])
+    simulate([recorded(EXCHANGES[name](job)) for job in jobs])
+    assert seen == [list(EXCHANGES[name].phases)] * 3
