@@ -98,10 +98,10 @@ def test_error_feedback_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer = make_optimizer(parameters, compressor)
         for step in range(REHEARSALS):
             reduce_gradients(optimizer, parameters, make_gradients(parameters, step))
-            assert not compressor.state_dict()["residuals"]
+            assert not compressor.state_dict()["arrays"]
             apply_gradients(optimizer)
         reduce_gradients(optimizer, parameters, make_gradients(parameters, 9))
-        assert len(compressor.state_dict()["residuals"]) == (2 if costs is SLOW else 0)
+        assert len(compressor.state_dict()["arrays"]) == (2 if costs is SLOW else 0)
         apply_gradients(optimizer)
 
 
