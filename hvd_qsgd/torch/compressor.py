@@ -23,7 +23,7 @@ from hvd_qsgd.codecs.base import check_integer
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, BY_RANKS, Piece, check_exchange
-from hvd_qsgd.feedback import ErrorFeedback, Feedback, check_feedback
+from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
@@ -127,6 +127,8 @@ class Compressor:
     """
 
     _default: ClassVar[Compressor | None] = None
+    #: Whether the optimizer's momentum is applied here.
+    _moves_momentum: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -155,9 +157,14 @@ class Compressor:
         self.exchange = exchange
         #: None: for tensors that may get a biased codec.
         self.error_feedback = None if error_feedback is None else bool(error_feedback)
-        if self.error_feedback or (error_feedback is None and any(codec.biased for codec in codecs)):
+        if self.error_feedback:
             for codec in codecs:
                 check_feedback(codec)
+        if isinstance(error_feedback, MomentumCorrection) and not self._moves_momentum:
+            raise ConfigError(
+                f"{name}: {error_feedback} takes the place of the optimizer's momentum, which only DGCCompressor does "
+                f"completely. Use DGCCompressor, or another kind of feedback."
+            )
         self._feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
         self.min_elements = min_elements
         self.min_dims = min_dims
@@ -481,7 +488,12 @@ class Compressor:
         """Whether the tensor has feedback: from the start, if it may ever get a biased codec."""
         if self.error_feedback is not None:
             return self.error_feedback
-        return any(codec.biased for codec in self.policy.choices(tensor_of(name, tensor)))
+        choices = self.policy.choices(tensor_of(name, tensor))
+        if not any(codec.biased for codec in choices):
+            return False
+        for codec in choices:
+            check_feedback(codec)
+        return True
 
     def _bypass_reason(self, name: str, tensor: torch.Tensor, process_set: Any) -> str:
         """Why a tensor is left to Horovod, from what all ranks agree on; empty to compress it."""
