@@ -16,7 +16,7 @@ from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
 from hvd_qsgd.codecs.base import Kernels, check_integer
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
-from hvd_qsgd.feedback import ErrorFeedback, Feedback, check_feedback
+from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.stats import Stats, TensorStats
 
@@ -65,6 +65,8 @@ class CompressorBase:
     #: Ranks of one job must run the same.
     framework: ClassVar[str]
     _default: ClassVar[CompressorBase | None] = None
+    #: Whether the optimizer's momentum is applied here.
+    _moves_momentum: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -89,9 +91,14 @@ class CompressorBase:
         self.exchange = exchange
         #: None: for tensors that may get a biased codec.
         self.error_feedback = None if error_feedback is None else bool(error_feedback)
-        if self.error_feedback or (error_feedback is None and any(codec.biased for codec in codecs)):
+        if self.error_feedback:
             for codec in codecs:
                 check_feedback(codec)
+        if isinstance(error_feedback, MomentumCorrection) and not self._moves_momentum:
+            raise ConfigError(
+                f"{name}: {error_feedback} takes the place of the optimizer's momentum, which only DGCCompressor does "
+                f"completely. Use DGCCompressor, or another kind of feedback."
+            )
         self._feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
         self.min_elements = min_elements
         self.min_dims = min_dims
@@ -203,7 +210,12 @@ class CompressorBase:
         """Whether the tensor has feedback: from the start, if it may ever get a biased codec."""
         if self.error_feedback is not None:
             return self.error_feedback
-        return any(codec.biased for codec in self.policy.choices(tensor))
+        choices = self.policy.choices(tensor)
+        if not any(codec.biased for codec in choices):
+            return False
+        for codec in choices:
+            check_feedback(codec)
+        return True
 
     def _reason_to_bypass(self, tensor: Tensor, dtype: str, floating: bool, ranks: int) -> str:
         """Why a tensor is left to Horovod, from what all ranks agree on; empty to compress it."""

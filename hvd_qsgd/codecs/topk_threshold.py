@@ -101,6 +101,8 @@ class ThresholdTopK(TopK):
         return positions
 
     def _sample(self, x: np.ndarray, above: Any, wanted: int) -> np.ndarray:
+        if wanted >= x.size:
+            return np.asarray(above(x, 0.0))
         stride = max(int(min(1 / SAMPLE_RATIO, (self.ratio or 1.0) * x.size / 8)), 1)
         sample = np.abs(x[::stride])
         rank = min(max(round(wanted * len(sample) / max(x.size, 1)), 1), len(sample))

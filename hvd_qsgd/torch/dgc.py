@@ -52,6 +52,8 @@ class DGCCompressor(Compressor):
             its own, or there is no optimizer.
     """
 
+    _moves_momentum = True
+
     def __init__(
         self,
         ratio: float = 0.001,

@@ -23,7 +23,8 @@ from rank_checks import (
 )
 
 from hvd_qsgd import Sign
-from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.errors import ConfigError, UnsupportedError
+from hvd_qsgd.feedback import MomentumCorrection
 from hvd_qsgd.torch import (
     DGCCompressor,
     EliasQSGDCompressor,
@@ -132,6 +133,11 @@ def test_dgc_refuses_a_second_momentum(make: Any, message: str) -> None:
     optimizer = hvd.DistributedOptimizer(make(parameters.values()), parameters.items(), compression=DGCCompressor())
     with pytest.raises(UnsupportedError, match=message):
         reduce_gradients(optimizer, parameters, make_gradients(parameters))
+
+
+def test_only_dgc_moves_the_momentum() -> None:
+    with pytest.raises(ConfigError, match="Use DGCCompressor"):
+        ThresholdTopKCompressor(0.1, error_feedback=MomentumCorrection())
 
 
 def test_dgc_needs_an_optimizer() -> None:

@@ -52,6 +52,18 @@ def test_only_tensors_that_may_get_a_biased_codec_have_feedback() -> None:
     assert exchanges["0/random"] == "linear" and exchanges["0/embedding"] == "allgather"
 
 
+def test_feedback_that_would_diverge_is_refused_only_where_there_is_feedback() -> None:
+    diverging = QSGD(norm="l2")
+    parameters = make_parameters({"weight": (40, 50), "head": (30, 41)})
+    rules = Rules({"head": TopK(0.1), "default": diverging})
+    train(make_optimizer(parameters, Compressor(rules)), parameters, range(2))
+    assert_same_on_all_ranks(parameters.values())
+    with pytest.raises(ConfigError, match="diverges"):
+        hvd.allreduce(parameters["head"].detach(), name="x", compression=Compressor(WarmUp([diverging, TopK(0.1)])))
+    with pytest.raises(ConfigError, match="diverges"):
+        Compressor(rules, error_feedback=True)
+
+
 def test_a_pattern_that_fits_nothing_is_refused() -> None:
     parameters = make_parameters({"weight": (40, 50)})
     optimizer = make_optimizer(parameters, Compressor(Rules({"wieght": "none", "default": "qsgd"})))
