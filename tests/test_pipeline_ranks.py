@@ -11,24 +11,26 @@ WORKER = "tests/pipeline_worker.py"
 pytestmark = pytest.mark.slow
 
 
+#: Schedules differ in the order of the work only, so a few cases tell.
+GPIPE = ["qsgd", "ef", "aq-sgd"]
+
+
 def lines(outcome: Outcome, text: str) -> int:
     assert outcome.status == 0, outcome.output
     return sum("RANK" in line and text in line for line in outcome.output.splitlines())
 
 
 def test_every_kind_of_compression_equals_the_simulation_and_goes_on_from_a_checkpoint() -> None:
-    outcome = launch([WORKER, "identical", "checkpoint"], 4, "mpirun")
-    assert lines(outcome, "identical") == 4 * len(CASES) * 2, outcome.output
+    outcome = launch([WORKER, "identical", "checkpoint", "--gpipe", *GPIPE], 4, "mpirun")
+    assert lines(outcome, "identical") == 4 * (len(CASES) + len(GPIPE)), outcome.output
     assert lines(outcome, "checkpoint: went on") == 4
     assert lines(outcome, "checkpoint: a difference was found") == 4
 
 
-@pytest.mark.parametrize(
-    ("ranks", "launcher", "transport"), [(2, "mpi", "mpi"), (2, "gloo", "horovod"), (4, "mpi", "horovod")]
-)
-def test_other_launchers_and_horovod_process_sets(ranks: int, launcher: str, transport: str) -> None:
+@pytest.mark.parametrize(("ranks", "launcher"), [(2, "gloo"), (4, "mpi")])
+def test_over_horovod_process_sets(ranks: int, launcher: str) -> None:
     cases = ["shared mask", "aq-sgd after warm-up"]
-    options = ["--transport", transport, "--stages", str(ranks), "--schedules", "1f1b", "--cases", *cases]
+    options = ["--transport", "horovod", "--stages", str(ranks), "--cases", *cases]
     assert lines(launch([WORKER, "identical", *options], ranks, launcher), "identical") == ranks * len(cases)
 
 
@@ -36,7 +38,7 @@ def test_replicas_of_a_pipeline_with_compressed_gradients() -> None:
     assert lines(launch([WORKER, "hybrid", "--stages", "2"], 4, "mpi"), "replicas agree") == 8
 
 
-@pytest.mark.parametrize(("work", "transport"), [("error", "mpi"), ("outside", "mpi"), ("error", "horovod")])
+@pytest.mark.parametrize(("work", "transport"), [("outside", "mpi"), ("error", "horovod")])
 def test_an_error_on_one_stage_ends_all_stages_with_its_cause(work: str, transport: str) -> None:
     outcome = launch([WORKER, work, "--transport", transport], 4, "mpi", timeout=120)
     assert outcome.status not in (0, -1), outcome.output

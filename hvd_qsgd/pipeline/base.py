@@ -103,4 +103,5 @@ def split(model: nn.Sequential, cuts: Sequence[int]) -> list[nn.Module]:
     ends = [0, *cuts, len(model)]
     if any(stop <= start for start, stop in zip(ends, ends[1:])):
         raise ConfigError(f"cuts={list(cuts)} must ascend between 1 and {len(model) - 1}: every stage needs a layer.")
-    return [model[start:stop] for start, stop in zip(ends, ends[1:])]
+    layers = list(model)
+    return [nn.Sequential(*layers[start:stop]) for start, stop in zip(ends, ends[1:])]
