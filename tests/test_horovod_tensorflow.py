@@ -27,7 +27,6 @@ def _compiled() -> None:
     [
         (2, "mpi", [*CORE, "test_refusals.py"]),
         (4, "mpi", ["test_tape.py", "test_process_sets.py", "-k", SOME]),
-        (2, "gloo", ["test_feedback.py"]),
         (4, "gloo", ["test_process_sets.py"]),
     ],
 )

@@ -31,8 +31,14 @@ def make_data() -> tuple[np.ndarray, np.ndarray]:
     return x, x @ normal((64, 8), seed=6, rank=0) / 8
 
 
-@pytest.mark.parametrize("wrap", [hvd.DistributedOptimizer, hvd_keras.DistributedOptimizer])
-@pytest.mark.parametrize("settings", [{}, {"gradient_predivide_factor": 2.0}, {"sparse_as_dense": True}], ids=str)
+@pytest.mark.parametrize(
+    ("wrap", "settings"),
+    [
+        (hvd.DistributedOptimizer, {}),
+        (hvd_keras.DistributedOptimizer, {"gradient_predivide_factor": 2.0}),
+        (hvd_keras.DistributedOptimizer, {"sparse_as_dense": True}),
+    ],
+)
 def test_what_is_applied(wrap: Any, settings: dict[str, Any]) -> None:
     variables = [tf.Variable(tf.zeros((40, 50)), name="w"), tf.Variable(tf.zeros(50), name="b")]
     compressor = QSGDCompressor(exchange="allgather")
@@ -53,9 +59,11 @@ def test_what_is_applied(wrap: Any, settings: dict[str, Any]) -> None:
     assert_same_on_all_ranks(variables)
 
 
-@pytest.mark.parametrize("optimizer", ["legacy.Adam", "Adam"])
-@pytest.mark.parametrize("compression", [QSGDCompressor, TopKCompressor(0.1)], ids=str)
-@pytest.mark.parametrize("settings", [{}, {"groups": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer", "compression", "settings"),
+    [("legacy.Adam", QSGDCompressor, {}), ("Adam", TopKCompressor(0.1), {}), ("Adam", QSGDCompressor, {"groups": 2})],
+    ids=str,
+)
 def test_fit(optimizer: str, compression: Any, settings: dict[str, Any]) -> None:
     make = tf_keras.optimizers.legacy.Adam if optimizer == "legacy.Adam" else tf_keras.optimizers.Adam
     model = make_model()
