@@ -165,7 +165,7 @@ class Compressor:
                 f"{name}: {error_feedback} takes the place of the optimizer's momentum, which only DGCCompressor does "
                 f"completely. Use DGCCompressor, or another kind of feedback."
             )
-        self._feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
+        self.feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
         self.min_elements = min_elements
         self.min_dims = min_dims
         self.seed = seed
@@ -189,7 +189,7 @@ class Compressor:
         return cls._default
 
     def __repr__(self) -> str:
-        feedback = False if self.error_feedback is False else self._feedback
+        feedback = False if self.error_feedback is False else self.feedback
         what = self.policy.only if isinstance(self.policy, Fixed) else self.policy
         return f"{type(self).__name__}({what}, exchange={self.exchange!r}, error_feedback={feedback})"
 
@@ -285,7 +285,7 @@ class Compressor:
             # A step whose gradient is not finite will be skipped: what was fed back must not be lost with it.
             finite = job.kernels.all_finite(context.out)
             if context.corrected is not None:
-                settle = self._feedback.keep if finite else self._feedback.discard
+                settle = self.feedback.keep if finite else self.feedback.discard
                 settle(context.key, context.corrected, context.out)
             if self.policy.observes and finite:
                 self.policy.observe(tensor_of(context.site.name, context.tensor), context.out)
@@ -317,7 +317,7 @@ class Compressor:
     def reset(self) -> None:
         """Forget statistics, residuals and random steps."""
         self._stats = Stats()
-        self._feedback.start()
+        self.feedback.start()
         self._steps.clear()
         self._memory.clear()
 
@@ -328,12 +328,12 @@ class Compressor:
         Every rank has its own: save this on every rank, not on rank 0 alone, and load on each
         rank what that rank saved; or use the helpers of :mod:`hvd_qsgd.torch.state`.
         """
-        arrays = {path: torch.as_tensor(array).clone() for path, array in self._feedback.arrays().items()}
+        arrays = {path: torch.as_tensor(array).clone() for path, array in self.feedback.arrays().items()}
         return {
             "version": STATE_VERSION,
             "config": self._saved_config(),
             "arrays": arrays,
-            "numbers": self._feedback.numbers(),
+            "numbers": self.feedback.numbers(),
             "steps": dict(self._steps),
             "memory": {key: {name: saved(v) for name, v in part.items()} for key, part in self._memory.items()},
             "policy": copy.deepcopy(self.policy.state()),
@@ -352,9 +352,7 @@ class Compressor:
                 f"The state was saved by version {state.get('version')} with {state.get('config')}, and this "
                 f"compressor is version {STATE_VERSION} with {config}. Use the settings of the saved run."
             )
-        self._feedback.load(
-            {path: array_of(array.clone()) for path, array in state["arrays"].items()}, state["numbers"]
-        )
+        self.feedback.load({path: array_of(array.clone()) for path, array in state["arrays"].items()}, state["numbers"])
         self._steps = dict(state["steps"])
         self._memory = copy.deepcopy(state["memory"])
         self.policy.load(state["policy"])
@@ -373,10 +371,10 @@ class Compressor:
             mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
             return mean.numpy() if tensor.device.type == "cpu" else mean
 
-        self._feedback.check(average)
+        self.feedback.check(average)
 
     def _saved_config(self) -> dict[str, Any]:
-        feedback = {"feedback": None} if self.error_feedback is False else self._feedback.config()
+        feedback = {"feedback": None} if self.error_feedback is False else self.feedback.config()
         return {**self.policy.config(), "error_feedback": feedback}
 
     # -- parts of compress ------------------------------------------------------------------
@@ -568,7 +566,7 @@ class Compressor:
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
         corrected = None
         if self._feeds(site.name, tensor):
-            corrected = self._feedback.correct(key, self._gradient(site, tensor), site.process_set.size())
+            corrected = self.feedback.correct(key, self._gradient(site, tensor), site.process_set.size())
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad
