@@ -79,7 +79,7 @@ class Feedback(ABC):
         return {}
 
     def resized(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        """What every rank of a job of another size starts from, given the means over the old ranks of :meth:`arrays`."""
+        """What every rank of a job of another size starts from: made of the old ranks' mean :meth:`arrays`."""
         return arrays
 
     def load(self, arrays: dict[str, Any], numbers: dict[str, int]) -> None:
