@@ -99,7 +99,7 @@ class CompressorBase:
                 f"{name}: {error_feedback} takes the place of the optimizer's momentum, which only DGCCompressor does "
                 f"completely. Use DGCCompressor, or another kind of feedback."
             )
-        self._feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
+        self.feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
         self.min_elements = min_elements
         self.min_dims = min_dims
         self.seed = seed
@@ -117,7 +117,7 @@ class CompressorBase:
         return cls._default  # type: ignore[return-value]
 
     def __repr__(self) -> str:
-        feedback = False if self.error_feedback is False else self._feedback
+        feedback = False if self.error_feedback is False else self.feedback
         what = self.policy.only if isinstance(self.policy, Fixed) else self.policy
         return f"{type(self).__name__}({what}, exchange={self.exchange!r}, error_feedback={feedback})"
 
@@ -135,7 +135,7 @@ class CompressorBase:
 
     def _forget(self) -> None:
         self._stats = Stats()
-        self._feedback.start()
+        self.feedback.start()
         self._steps.clear()
         self._memory.clear()
 
@@ -149,8 +149,8 @@ class CompressorBase:
         return {
             "version": STATE_VERSION,
             "config": self._saved_config(),
-            "arrays": {path: self._saved(array) for path, array in self._feedback.arrays().items()},
-            "numbers": self._feedback.numbers(),
+            "arrays": {path: self._saved(array) for path, array in self.feedback.arrays().items()},
+            "numbers": self.feedback.numbers(),
             "steps": dict(self._steps),
             "memory": {
                 key: {name: v if isinstance(v, (int, float)) else self._saved(v) for name, v in part.items()}
@@ -173,13 +173,13 @@ class CompressorBase:
                 f"compressor is version {STATE_VERSION} with {config}. Use the settings of the saved run."
             )
         arrays = {path: self._loaded(array) for path, array in state["arrays"].items()}
-        self._feedback.load(arrays, state["numbers"])
+        self.feedback.load(arrays, state["numbers"])
         self._steps = dict(state["steps"])
         self._memory = copy.deepcopy(state["memory"])
         self.policy.load(state["policy"])
 
     def _saved_config(self) -> dict[str, Any]:
-        feedback = {"feedback": None} if self.error_feedback is False else self._feedback.config()
+        feedback = {"feedback": None} if self.error_feedback is False else self.feedback.config()
         return {**self.policy.config(), "error_feedback": feedback}
 
     @staticmethod
@@ -259,7 +259,7 @@ class CompressorBase:
             return
         finite = kernels.all_finite(mean)
         if corrected is not None:
-            settle = self._feedback.keep if finite else self._feedback.discard
+            settle = self.feedback.keep if finite else self.feedback.discard
             settle(key, corrected, mean)
         if self.policy.observes and finite:
             self.policy.observe(tensor, mean)

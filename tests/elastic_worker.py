@@ -28,7 +28,7 @@ def main(directory: str) -> None:
     model = torch.nn.Linear(64, 40, bias=False)
     compressor = TopKCompressor(0.1)
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), compression=compressor
+        torch.optim.SGD(model.parameters(), lr=2.0), model.named_parameters(), compression=compressor
     )
     state = hvd.elastic.TorchState(model=model, optimizer=optimizer, compressor=compressor, step=0)
     log = Path(directory, f"{os.environ['HOROVOD_HOSTNAME']}-{os.getpid()}.jsonl")

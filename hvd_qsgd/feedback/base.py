@@ -24,8 +24,6 @@ class Feedback(ABC):
 
     #: Name in the registry and in configurations.
     name: ClassVar[str]
-    #: Whether this rank's memory is a share of a mean over ranks, which a change of their number must preserve.
-    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.start()
@@ -79,6 +77,10 @@ class Feedback(ABC):
     def numbers(self) -> dict[str, int]:
         """Every remembered whole number, equal on all ranks, by "what/tensor"."""
         return {}
+
+    def resized(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """What every rank of a job of another size starts from: made of the old ranks' mean :meth:`arrays`."""
+        return arrays
 
     def load(self, arrays: dict[str, Any], numbers: dict[str, int]) -> None:
         """Replace the memory by what :meth:`arrays` and :meth:`numbers` gave; keeps references to the arrays.

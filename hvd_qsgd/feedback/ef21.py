@@ -56,6 +56,11 @@ class EF21(Feedback):
         if name in self.mean:
             mean += self.mean.get(name)
 
+    def resized(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        # The mean goes on as it is, also when the estimates of lost ranks, which are in it, are gone.
+        means = {path: array for path, array in arrays.items() if path.startswith("mean/")}
+        return {**means, **{f"own/{path.removeprefix('mean/')}": array + 0 for path, array in means.items()}}
+
     def check(self, average: Callable[[str, Any], Any]) -> None:
         for name in self.own.names():
             estimate, averaged = self.mean.get(name), average(name, self.own.get(name))

@@ -261,7 +261,7 @@ class Plan:
         entry = self.entries[index]
         passage.step = self._compressor._next_step(entry.key)
         if self._compressor._feeds(entry.described):
-            passage.corrected = self._compressor._feedback.correct(entry.key, x, self._ranks)
+            passage.corrected = self._compressor.feedback.correct(entry.key, x, self._ranks)
         out = self._outs.pop(index, None)
         # Nobody has it any more if only this name and the argument of getrefcount refer to it.
         if out is None or sys.getrefcount(out) > 2:

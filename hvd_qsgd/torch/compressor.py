@@ -228,7 +228,7 @@ class Compressor(CompressorBase):
             mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
             return mean.numpy() if tensor.device.type == "cpu" else mean
 
-        self._feedback.check(average)
+        self.feedback.check(average)
 
     @staticmethod
     def _saved(array: Any) -> Any:
@@ -394,7 +394,7 @@ class Compressor(CompressorBase):
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
         corrected = None
         if self._feeds(tensor_of(site.name, tensor)):
-            corrected = self._feedback.correct(key, self._gradient(site, tensor), site.process_set.size())
+            corrected = self.feedback.correct(key, self._gradient(site, tensor), site.process_set.size())
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad

@@ -69,7 +69,7 @@ class DGCCompressor(Compressor):
         policy = WarmUp.of_ratios(ThresholdTopK(ratio, method="sample"), warm_up)
         super().__init__(policy, error_feedback=correction, **settings)
         self.weight_decay = weight_decay
-        self.correction: MomentumCorrection = self._feedback  # type: ignore[assignment]
+        self.correction: MomentumCorrection = self.feedback  # type: ignore[assignment]
 
     @class_or_instance
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:

@@ -88,12 +88,14 @@ def scatter(compressor: Compressor, gathered: State, resize: str = "error") -> N
     _continue(compressor, [states[hvd.rank()]] if ranks == hvd.size() else states, ranks, resize)
 
 
-def mean_state(states: Sequence[State]) -> State:
+def mean_state(compressor: Compressor, states: Sequence[State]) -> State:
     """One state for every rank of a job of another size: the mean of all arrays; numbers are those of the first."""
     merged = copy.deepcopy(states[0])
+    means = {}
     for path in merged["arrays"]:
         total = sum(state["arrays"][path].double() for state in states)
-        merged["arrays"][path] = (total / len(states)).to(torch.float32)
+        means[path] = (total / len(states)).to(torch.float32)
+    merged["arrays"] = compressor.feedback.resized(means)
     return merged
 
 
@@ -102,7 +104,7 @@ def _continue(compressor: Compressor, states: Sequence[State], ranks: int, resiz
     if ranks == hvd.size():
         compressor.load_state_dict(states[0])
     elif resize == "mean":
-        compressor.load_state_dict(mean_state(states))
+        compressor.load_state_dict(mean_state(compressor, states))
     elif resize == "reset":
         compressor.load_state_dict({**states[0], "arrays": {}, "numbers": {}})
     else:
@@ -188,7 +190,7 @@ class CompressorStateHandler(StateHandler):
         states = [state for _, state in entries if state is not None]
         resized = len(states) != len(entries) or any(ranks != len(entries) for ranks, _ in entries)
         if states and resized:
-            self.value.load_state_dict(mean_state(states))
+            self.value.load_state_dict(mean_state(self.value, states))
         self.value.replan()
         self.save()
 
