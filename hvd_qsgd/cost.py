@@ -99,7 +99,7 @@ def measure_costs(kernels: Kernels, ranks: int, empty: Empty, name: str) -> Gene
     start = seconds[0]
     # What a probe took beyond a small one; never nothing, however fast the network.
     byte = [max(taken - start, 0.1 * taken) / PROBE_BYTES for taken in seconds[1:]]
-    values = yield from agree_on_largest([start, *byte, *_codec_times(kernels, empty)], empty, name)
+    values = yield from agree_on_largest([start, *byte, *measure_codec(kernels, empty)], empty, name)
     encode, decode, lanes = values[1 + len(COLLECTIVES) :]
     return Costs(values[0], 0.0, dict(zip(COLLECTIVES, values[1:])), encode, decode, lanes)
 
@@ -130,7 +130,7 @@ def _like(target: Any, values: np.ndarray) -> Any:
     return values if isinstance(target, np.ndarray) else target.new_tensor(values.tolist())
 
 
-def _codec_times(kernels: Kernels, empty: Empty) -> list[float]:
+def measure_codec(kernels: Kernels, empty: Empty) -> tuple[float, float, float]:
     """Seconds for an element: to encode it, to decode it, and through lanes and back (0 without lanes)."""
     codec: Any = kernels.codec
     granularity = max(codec.granularity, 1)
@@ -139,19 +139,20 @@ def _codec_times(kernels: Kernels, empty: Empty) -> list[float]:
     x[:] = _like(x, np.resize(np.random.default_rng(0).standard_normal(4096).astype(np.float32), length))
     payload = empty(codec.payload_size(length), "uint8")
     size = kernels.encode_into(x, payload)
-    calls = [lambda: kernels.encode_into(x, payload), lambda: kernels.decode_into(payload[:size], out)]
-    if "allreduce" in codec.exchanges:
-        lanes_kernels: Any = kernels
-        agreed = empty(codec.agreement_length(length), "int32")
-        words = empty(codec.lanes_length(length, 2), "int32")
+    encode = _median_time(lambda: kernels.encode_into(x, payload)) / length
+    decode = _median_time(lambda: kernels.decode_into(payload[:size], out)) / length
+    if "allreduce" not in codec.exchanges:
+        return encode, decode, 0.0
+    lanes_kernels: Any = kernels
+    agreed = empty(codec.agreement_length(length), "int32")
+    words = empty(codec.lanes_length(length, 2), "int32")
 
-        def through_lanes() -> None:
-            lanes_kernels.agree_into(x, agreed)
-            lanes_kernels.to_lanes(x, agreed, 2, words)
-            lanes_kernels.from_lanes(words, agreed, 2, out, 2)
+    def through_lanes() -> None:
+        lanes_kernels.agree_into(x, agreed)
+        lanes_kernels.to_lanes(x, agreed, 2, words)
+        lanes_kernels.from_lanes(words, agreed, 2, out, 2)
 
-        calls.append(through_lanes)
-    return [*(_median_time(call) / length for call in calls), *[0.0] * (3 - len(calls))]
+    return encode, decode, _median_time(through_lanes) / length
 
 
 def _median_time(call: Callable[[], object]) -> float:

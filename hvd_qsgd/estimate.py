@@ -1,0 +1,149 @@
+"""Will compression help? Predicted step times, from a model's size, the network and this machine's codecs.
+
+The model is that of ``exchange="auto"`` (:mod:`hvd_qsgd.cost`), on a network that is described instead of measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvd_qsgd.codecs import QSGD, Codec, TopK
+from hvd_qsgd.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec
+from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.kernels import kernels_for
+
+#: Elements of a bundle, as compressors have it by default.
+BUNDLE = 1 << 20
+CODECS: dict[str, Codec] = {
+    "QSGD, 8 bits": QSGD(8),
+    "QSGD, 4 bits": QSGD(),
+    "QSGD, 2 bits, buckets of 128": QSGD(2, 128),
+    "TopK, 1 %": TopK(0.01),
+}
+#: Bit/s between which the break-even bandwidth is looked for.
+SLOWEST, FASTEST = 1e6, 1e12
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a step is made of.
+
+    Args:
+        parameters: number of gradient elements.
+        ranks: of the job.
+        bandwidth: bit/s that a rank can send.
+        latency: seconds for a collective of a few bytes.
+        compute: seconds of a step without any communication.
+        backward: the part of ``compute`` behind which transfers can hide.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    parameters: int
+    ranks: int
+    bandwidth: float
+    latency: float = 1e-3
+    compute: float = 0.0
+    backward: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.parameters < 1 or self.ranks < 2:
+            raise ConfigError(
+                f"parameters={self.parameters} and ranks={self.ranks}: there must be at least 1 parameter and 2 ranks."
+            )
+        if not self.bandwidth > 0 or not self.latency >= 0 or not 0 <= self.backward <= self.compute:
+            raise ConfigError(
+                f"bandwidth={self.bandwidth:g} bit/s must be above 0, latency={self.latency:g} s at least 0, and the "
+                f"backward pass ({self.backward:g} s) a part of the step ({self.compute:g} s)."
+            )
+
+    @property
+    def bundles(self) -> int:
+        return -(-self.parameters // BUNDLE)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One way to send gradients: the step in seconds, and how many times faster it is than uncompressed."""
+
+    method: str
+    exchange: str
+    seconds: float
+    speedup: float
+    #: Bit/s up to which the method pays; 0 if it never does, infinite if it does everywhere looked at.
+    break_even: float
+
+    @property
+    def pays(self) -> bool:
+        return self.speedup > 1 / (1 - MARGIN)
+
+
+def measure_codecs() -> dict[str, tuple[float, float, float]]:
+    """Seconds for an element to encode, decode and send through lanes, of each codec, on this machine's CPU."""
+    return {name: measure_codec(kernels_for(codec, "numba"), np.empty) for name, codec in CODECS.items()}
+
+
+def predict(situation: Situation, speeds: dict[str, tuple[float, float, float]]) -> list[Prediction]:
+    """Uncompressed, half precision and every codec at its best exchange, in this order."""
+    base = situation.compute + _uncompressed(situation, 1.0)
+    half = situation.compute + _uncompressed(situation, 0.5)
+    predictions = [
+        Prediction("Horovod, uncompressed", "", base, 1.0, 0.0),
+        Prediction("hvd.Compression.fp16", "", half, base / half, float("inf")),
+    ]
+    for name, codec in CODECS.items():
+        predicted = _decide(situation, codec, speeds[name]).predicted
+        exchange = min(codec.exchanges, key=lambda e: predicted[e])
+        seconds = situation.compute + predicted[exchange]
+        predictions.append(
+            Prediction(name, exchange, seconds, base / seconds, _break_even(situation, codec, speeds[name]))
+        )
+    return predictions
+
+
+def costs(situation: Situation, speeds: tuple[float, float, float]) -> Costs:
+    """The cost model of a network that is used fully."""
+    return Costs(situation.latency, 0.0, dict.fromkeys(COLLECTIVES, 8 / situation.bandwidth), *speeds)
+
+
+def _decide(situation: Situation, codec: Codec, speeds: tuple[float, float, float]) -> Any:
+    return decide(
+        costs(situation, speeds),
+        codec,
+        situation.parameters,
+        situation.ranks,
+        situation.bundles,
+        situation.backward,
+    )
+
+
+def _uncompressed(situation: Situation, share: float) -> float:
+    """Exposed seconds of Horovod's own allreduce of a share of the bytes."""
+    elements = int(situation.parameters * share)
+    model = costs(situation, (0.0, 0.0, 0.0))
+    return model.predict(UNCOMPRESSED, QSGD(), elements, situation.ranks, hidden=situation.backward)
+
+
+def _break_even(situation: Situation, codec: Codec, speeds: tuple[float, float, float]) -> float:
+    """The bandwidth above which the codec is not worth it, within 1 %."""
+
+    def pays(bandwidth: float) -> bool:
+        there = Situation(**{**vars(situation), "bandwidth": bandwidth})
+        predicted = _decide(there, codec, speeds).predicted
+        best = min(predicted[exchange] for exchange in codec.exchanges)
+        without = situation.compute + predicted[UNCOMPRESSED]
+        return situation.compute + best < (1 - MARGIN) * without
+
+    low, high = SLOWEST, FASTEST
+    if not pays(low):
+        return 0.0
+    if pays(high):
+        return float("inf")
+    while high / low > 1.01:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low
