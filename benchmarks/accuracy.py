@@ -300,9 +300,9 @@ def summary(task: Task, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
         gain = interval([task.better * (by_seed[s]["quality"] - base[s]["quality"]) for s in seeds])
         # What uncompressed training reaches after nine tenths of its steps.
         target = statistics.mean(base[seed]["curve"][len(base[seed]["curve"]) * 9 // 10][1] for seed in seeds)
-        reach = statistics.mean(bytes_to_reach(by_seed[seed]["curve"], target) for seed in seeds)
+        megabytes = statistics.mean(bytes_to_reach(by_seed[seed]["curve"], target) for seed in seeds) / 1e6
         ratio = statistics.mean(base[seed]["bytes"] / by_seed[seed]["bytes"] for seed in seeds)
-        verdict = "as good"
+        verdict = "no difference seen"
         if gain[0] + gain[1] < 0:
             verdict = "loses"
         elif gain[0] - gain[1] > 0:
@@ -314,7 +314,7 @@ def summary(task: Task, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]
                 "quality": quality,
                 "gain": gain,
                 "ratio": ratio,
-                "megabytes_to_reach": reach / 1e6,
+                "megabytes_to_reach": megabytes,
                 "verdict": "" if member == "uncompressed" else verdict if len(seeds) > 1 else "one seed",
             }
         )
@@ -328,8 +328,12 @@ def show(task: Task, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         (mean, half), (gain, width) = row["quality"], row["gain"]
         cells = [row["member"], str(row["seeds"]), f"{mean:.2f} ± {half:.2f}", f"{gain:+.2f} ± {width:.2f}"]
-        table.add_row(*cells, f"{row['ratio']:.1f}", f"{row['megabytes_to_reach']:.2f}", row["verdict"])
+        table.add_row(*cells, f"{row['ratio']:.1f}", reach(row["megabytes_to_reach"]), row["verdict"])
     Console(width=140).print(table)
+
+
+def reach(megabytes: float) -> str:
+    return "not by all seeds" if math.isnan(megabytes) else f"{megabytes:.2f}"
 
 
 def plot(task: Task, runs: dict[str, dict[str, Any]], path: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_table_says_who_loses() -> None:
     }
     rows = {row["member"]: row for row in summary(tiny(0), runs)}
     assert rows["worse"]["verdict"] == "loses" and rows["worse"]["gain"][0] == pytest.approx(-2)
-    assert rows["same"]["verdict"] == "as good" and rows["same"]["ratio"] == pytest.approx(100)
+    assert rows["same"]["verdict"] == "no difference seen" and rows["same"]["ratio"] == pytest.approx(100)
     assert rows["worse"]["megabytes_to_reach"] == pytest.approx(100e-6)
 
 
