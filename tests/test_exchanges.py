@@ -556,7 +556,7 @@ def test_an_exchange_of_nothing_works() -> None:
             assert all(len(piece.out) == 0 for piece in jobs[0].pieces)
 
 
-@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("name", QSGD.exchanges)
 def test_phases_are_the_collectives_that_come(name: str) -> None:
     """Graphs are built for these phases before any exchange runs."""
     seen: list[list[str]] = []

@@ -12,7 +12,6 @@ from rank_checks import backward, dyadic, gather, make_gradients, make_optimizer
 
 from hvd_qsgd import QSGD, TopK
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.exchanges import EXCHANGES
 from hvd_qsgd.torch import CastCompressor, QSGDCompressor, TopKCompressor
 
 RANKS = hvd.size()
@@ -58,7 +57,7 @@ def test_bundles_are_as_large_as_asked(started: list[str], limit: int, exchanges
         assert_equal(parameter.grad, reference_allgather(QSGD(), gather(raw[name]), f"0/{name}", 0))
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", QSGD.exchanges)
 def test_a_large_tensor_travels_in_parts(started: list[str], exchange: str) -> None:
     x = dyadic((100, 101))
     whole, parts = (QSGDCompressor(exchange=exchange, fusion_elements=n) for n in (1 << 20, 4096))
@@ -107,7 +106,7 @@ WIRE = {"allgather": wire_allgather, "scatter_gather": wire_scatter_gather, "all
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("exchange", QSGD.exchanges)
 def test_stats(exchange: str, dtype: torch.dtype) -> None:
     codec, x, bias = QSGD(), dyadic(SHAPE).to(dtype), dyadic((100,)).to(dtype)
     compressor = QSGDCompressor(exchange=exchange)
