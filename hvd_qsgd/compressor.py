@@ -117,7 +117,11 @@ class CompressorBase:
         return cls._default  # type: ignore[return-value]
 
     def __repr__(self) -> str:
-        feedback = False if self.error_feedback is False else self.feedback
+        biased = [codec.biased for codec in self.policy.every_codec()]
+        if self.error_feedback or (self.error_feedback is None and all(biased)):
+            feedback = str(self.feedback)
+        else:
+            feedback = f"{self.feedback} for biased codecs" if self.error_feedback is None and any(biased) else "False"
         what = self.policy.only if isinstance(self.policy, Fixed) else self.policy
         return f"{type(self).__name__}({what}, exchange={self.exchange!r}, error_feedback={feedback})"
 
