@@ -27,7 +27,6 @@ def _compiled() -> None:
     [
         (2, "mpi", [*CORE, "test_refusals.py"]),
         (4, "mpi", ["test_tape.py", "test_process_sets.py", "-k", SOME]),
-        (4, "gloo", ["test_process_sets.py"]),
     ],
 )
 def test_every_mode_on_every_rank(ranks: int, launcher: str, files: list[str]) -> None:
