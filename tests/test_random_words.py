@@ -84,7 +84,8 @@ def test_torch_makes_the_same_words(key: int, first: int, count: int) -> None:
     from hvd_qsgd.kernels.torch.qsgd import words as torch_words
 
     made = torch_words(key, first, count, torch.device("cpu"))
-    np.testing.assert_array_equal(made.numpy(), words(key, first, count))
+    assert made.dtype == torch.int32
+    np.testing.assert_array_equal(made.numpy().view(np.uint32), words(key, first, count))
 
 
 def halves(key: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
