@@ -360,7 +360,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=5, help="of MNIST")
     parser.add_argument("--steps", type=int, default=400, help="of the character model")
-    parser.add_argument("--members", nargs="+", metavar="NAME", help=f"from: {'; '.join(MEMBERS)}")
+    # argparse takes a % for the start of a format.
+    names = "; ".join(MEMBERS).replace("%", "%%")
+    parser.add_argument("--members", nargs="+", metavar="NAME", help=f"from: {names}")
     parser.add_argument("--quick", action="store_true", help="few members, two seeds, short training")
     parser.add_argument("--output", type=Path, default=Path("accuracy"), help="of .json and .png, without the ending")
     arguments = parser.parse_args()
