@@ -27,10 +27,9 @@ from rich.table import Table
 
 from hvd_qsgd import QSGD
 from hvd_qsgd.cost import COLLECTIVES, UNCOMPRESSED, Costs
+from hvd_qsgd.fusion import BUNDLE_ELEMENTS
 
 HERE = Path(__file__).resolve().parent
-#: Elements of a bundle, as compressors have it by default.
-BUNDLE = 1 << 20
 METHODS = (UNCOMPRESSED, *QSGD.exchanges)
 
 
@@ -44,7 +43,7 @@ def launch(hosts: int, rate: str, arguments: argparse.Namespace) -> dict[str, An
 
 
 def predict(costs: Costs, exchange: str, elements: int, ranks: int) -> float:
-    return costs.predict(exchange, QSGD(), elements, ranks, bundles=-(-elements // BUNDLE))
+    return costs.predict(exchange, QSGD(), elements, ranks, bundles=-(-elements // BUNDLE_ELEMENTS))
 
 
 def fit(launches: list[dict[str, Any]]) -> Costs:

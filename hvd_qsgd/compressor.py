@@ -17,6 +17,7 @@ from hvd_qsgd.codecs.base import Kernels, check_integer
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
+from hvd_qsgd.fusion import BUNDLE_ELEMENTS
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.stats import Stats, TensorStats
 
@@ -77,7 +78,7 @@ class CompressorBase:
         min_elements: int = 1024,
         min_dims: int = 2,
         seed: int = 0,
-        fusion_elements: int = 1 << 20,
+        fusion_elements: int = BUNDLE_ELEMENTS,
     ) -> None:
         name = type(self).__name__
         self.policy = codec if isinstance(codec, Policy) else Fixed(codec)

@@ -13,10 +13,9 @@ import numpy as np
 from hvd_qsgd.codecs import QSGD, Codec, TopK
 from hvd_qsgd.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec
 from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.fusion import BUNDLE_ELEMENTS
 from hvd_qsgd.kernels import kernels_for
 
-#: Elements of a bundle, as compressors have it by default.
-BUNDLE = 1 << 20
 CODECS: dict[str, Codec] = {
     "QSGD, 8 bits": QSGD(8),
     "QSGD, 4 bits": QSGD(),
@@ -63,7 +62,7 @@ class Situation:
 
     @property
     def bundles(self) -> int:
-        return -(-self.parameters // BUNDLE)
+        return -(-self.parameters // BUNDLE_ELEMENTS)
 
 
 @dataclass(frozen=True)

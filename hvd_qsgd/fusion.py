@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+#: About how many elements travel in one exchange, by default.
+BUNDLE_ELEMENTS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Slice:

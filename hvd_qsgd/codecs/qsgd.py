@@ -258,19 +258,24 @@ def dequantize(levels: np.ndarray, scales: np.ndarray, largest: int) -> np.ndarr
 
 
 def l2_norms(rows: np.ndarray) -> np.ndarray:
-    """Euclidean norm of each row, float32.
-
-    Element ``j`` is squared in float64, which is exact, and added to sum ``j mod 16``; the
-    sums are folded in halves. The order is fixed, so every backend gets the same bits.
-    """
-    length = rows.shape[1]
-    padded = np.zeros((rows.shape[0], -(-length // NORM_LANES) * NORM_LANES), np.float64)
+    """Euclidean norm of each row, float32; the squares of float32 values are exact in float64."""
     with np.errstate(over="ignore", invalid="ignore"):
-        padded[:, :length] = np.square(rows.astype(np.float64))
-        sums = np.zeros((rows.shape[0], NORM_LANES), np.float64)
-        for start in range(0, padded.shape[1], NORM_LANES):
-            sums += padded[:, start : start + NORM_LANES]
-        while sums.shape[1] > 1:
-            half = sums.shape[1] // 2
-            sums = sums[:, :half] + sums[:, half:]
-        return np.sqrt(sums[:, 0]).astype(np.float32)
+        return np.sqrt(row_sums(np.square(rows.astype(np.float64)))).astype(np.float32)
+
+
+def row_sums(rows: np.ndarray) -> np.ndarray:
+    """The sum of each row of a float64 matrix.
+
+    Element ``j`` is added to sum ``j mod 16``, and the sums are folded in halves. The order is
+    fixed, so every backend gets the same bits.
+    """
+    count, length = rows.shape
+    padded = np.zeros((count, -(-length // NORM_LANES) * NORM_LANES), np.float64)
+    padded[:, :length] = rows
+    sums = np.zeros((count, NORM_LANES), np.float64)
+    for start in range(0, padded.shape[1], NORM_LANES):
+        sums += padded[:, start : start + NORM_LANES]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]

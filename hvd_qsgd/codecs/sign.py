@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, check_integer, combine
-from hvd_qsgd.codecs.qsgd import NORM_LANES
+from hvd_qsgd.codecs.qsgd import row_sums
 from hvd_qsgd.errors import ConfigError
 
 
@@ -83,16 +83,7 @@ class Sign(Codec):
 
 
 def mean_magnitudes(rows: np.ndarray) -> np.ndarray:
-    """The mean magnitude of each row: element ``j`` is added to sum ``j mod 16``, and sums are folded in halves."""
-    length = rows.shape[1]
-    padded = np.zeros((rows.shape[0], -(-length // NORM_LANES) * NORM_LANES), np.float64)
-    padded[:, :length] = np.abs(rows)
-    sums = np.zeros((rows.shape[0], NORM_LANES), np.float64)
+    """The mean magnitude of each row, float32."""
     with np.errstate(invalid="ignore"):
-        for start in range(0, padded.shape[1], NORM_LANES):
-            sums += padded[:, start : start + NORM_LANES]
-        while sums.shape[1] > 1:
-            half = sums.shape[1] // 2
-            sums = sums[:, :half] + sums[:, half:]
-    means = (sums[:, 0] / length).astype(np.float32)
+        means = (row_sums(np.abs(rows).astype(np.float64)) / rows.shape[1]).astype(np.float32)
     return np.where(np.isfinite(means), means, np.float32(np.nan))

@@ -13,7 +13,7 @@ import numpy as np
 
 from hvd_qsgd.codecs import sidco
 from hvd_qsgd.codecs.base import Kernels, check_choice, check_integer
-from hvd_qsgd.codecs.topk import ABS_MASK, HEADER, INFINITY_BITS, NOT_FINITE, TopK, largest_positions
+from hvd_qsgd.codecs.topk import ABS_MASK, INFINITY_BITS, TopK, largest_positions
 from hvd_qsgd.errors import ConfigError
 
 METHODS = ("reuse", "sample", *(f"sidco-{fit}" for fit in sidco.FITS))
@@ -136,8 +136,7 @@ class Remembering(Kernels):
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         if x.size and (x.view(np.uint32) & ABS_MASK).max() >= INFINITY_BITS:
-            out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
-            return HEADER.size
+            return self.codec.write_not_finite(out)
         return self.codec.write(x, self.codec.select(x, self.memory, above), out)
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:

@@ -25,7 +25,7 @@ from hvd_qsgd.kernels.numba.intrinsics import (
     offset_level,
     random_word,
 )
-from hvd_qsgd.kernels.numba.reduce import all_finite, largest_magnitude
+from hvd_qsgd.kernels.numba.reduce import all_finite, folded, largest_magnitude
 
 LIFT = np.float32(1 / TINY)
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -52,12 +52,7 @@ def bucket_scale(bits, values, use_l2):  # type: ignore[no-untyped-def]
     for lane in range(len(values) - whole):
         value = np.float64(values[whole + lane])
         sums[lane] += value * value
-    half = NORM_LANES // 2
-    while half:
-        for lane in range(half):
-            sums[lane] += sums[lane + half]
-        half //= 2
-    norm = np.float32(np.sqrt(sums[0]))
+    norm = np.float32(np.sqrt(folded(sums)))
     return norm if norm < np.inf else NAN
 
 

@@ -1,4 +1,4 @@
-"""The largest magnitude of a vector, without temporary memory."""
+"""Reductions of a vector without temporary memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def largest_magnitude(patterns):  # type: ignore[no-untyped-def]
     for i in range(len(patterns)):
         largest = max(largest, np.int32(patterns[i] & np.int32(0x7FFFFFFF)))
     return largest
+
+
+@njit(nogil=True, cache=True)
+def folded(sums):  # type: ignore[no-untyped-def]
+    """The sum of a power of two of sums, which it overwrites, in the order of :func:`hvd_qsgd.codecs.qsgd.row_sums`."""
+    half = len(sums) // 2
+    while half:
+        for lane in range(half):
+            sums[lane] += sums[lane + half]
+        half //= 2
+    return sums[0]
 
 
 def all_finite(x: np.ndarray) -> bool:

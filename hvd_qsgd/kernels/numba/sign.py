@@ -10,7 +10,7 @@ from numba import njit
 from hvd_qsgd.codecs.base import Kernels, mode_number
 from hvd_qsgd.codecs.qsgd import NORM_LANES
 from hvd_qsgd.codecs.sign import Sign
-from hvd_qsgd.kernels.numba.reduce import all_finite
+from hvd_qsgd.kernels.numba.reduce import all_finite, folded
 
 jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
@@ -24,12 +24,7 @@ def mean_magnitude(values):  # type: ignore[no-untyped-def]
             sums[lane] += abs(np.float64(values[start + lane]))
     for lane in range(len(values) - whole):
         sums[lane] += abs(np.float64(values[whole + lane]))
-    half = NORM_LANES // 2
-    while half:
-        for lane in range(half):
-            sums[lane] += sums[lane + half]
-        half //= 2
-    mean = np.float32(sums[0] / len(values))
+    mean = np.float32(folded(sums) / len(values))
     return mean if mean < np.inf else np.float32(np.nan)
 
 

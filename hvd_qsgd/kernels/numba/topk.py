@@ -205,8 +205,7 @@ class TopKKernels(Kernels):
         positions = candidates(patterns, wanted)
         magnitudes = patterns[positions] & np.int32(0x7FFFFFFF)
         if len(magnitudes) and magnitudes.max() >= INFINITY_BITS:
-            out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
-            return HEADER.size
+            return self.codec.write_not_finite(out)
         count = min(wanted, len(positions))
         if count:
             threshold = np.partition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count]

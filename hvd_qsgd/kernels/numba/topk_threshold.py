@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from hvd_qsgd.codecs.topk import HEADER, NOT_FINITE
 from hvd_qsgd.codecs.topk_threshold import ThresholdTopK
 from hvd_qsgd.kernels.numba.topk import TopKKernels, gather
 
@@ -37,6 +36,5 @@ class ThresholdKernels(TopKKernels):
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         if not self.all_finite(x):
-            out[: HEADER.size] = np.frombuffer(HEADER.pack(NOT_FINITE, 0, 0), np.uint8)
-            return HEADER.size
+            return self.codec.write_not_finite(out)
         return self.write(x, self.codec.select(x, {} if self.memory is None else self.memory, above), out)

@@ -42,15 +42,20 @@ def words(key: int, first: int, count: int, device: torch.device) -> torch.Tenso
 
 
 def l2_norms(rows: torch.Tensor) -> torch.Tensor:
-    """:func:`hvd_qsgd.codecs.qsgd.l2_norms`: the same sums in the same order."""
-    padded = torch.nn.functional.pad(rows.to(torch.float64), (0, -rows.shape[1] % NORM_LANES)).square()
-    sums = torch.zeros((rows.shape[0], NORM_LANES), dtype=torch.float64, device=rows.device)
+    """:func:`hvd_qsgd.codecs.qsgd.l2_norms`."""
+    return row_sums(rows.to(torch.float64).square()).sqrt().to(torch.float32)
+
+
+def row_sums(rows: torch.Tensor) -> torch.Tensor:
+    """:func:`hvd_qsgd.codecs.qsgd.row_sums`: the same sums in the same order."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % NORM_LANES))
+    sums = rows.new_zeros((rows.shape[0], NORM_LANES))
     for start in range(0, padded.shape[1], NORM_LANES):
         sums += padded[:, start : start + NORM_LANES]
     while sums.shape[1] > 1:
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]
-    return sums[:, 0].sqrt().to(torch.float32)
+    return sums[:, 0]
 
 
 @dataclass(frozen=True)

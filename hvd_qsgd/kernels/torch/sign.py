@@ -7,22 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from hvd_qsgd.codecs.base import Kernels
-from hvd_qsgd.codecs.qsgd import NORM_LANES
 from hvd_qsgd.codecs.sign import Sign
 from hvd_qsgd.kernels.torch.bits import pack_bits, unpack_bits
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
+from hvd_qsgd.kernels.torch.qsgd import row_sums
 
 
 def mean_magnitudes(rows: torch.Tensor) -> torch.Tensor:
-    """:func:`hvd_qsgd.codecs.sign.mean_magnitudes`: the same sums in the same order."""
-    padded = torch.nn.functional.pad(rows.to(torch.float64).abs(), (0, -rows.shape[1] % NORM_LANES))
-    sums = torch.zeros((rows.shape[0], NORM_LANES), dtype=torch.float64, device=rows.device)
-    for start in range(0, padded.shape[1], NORM_LANES):
-        sums += padded[:, start : start + NORM_LANES]
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    means = (sums[:, 0] / rows.shape[1]).to(torch.float32)
+    """:func:`hvd_qsgd.codecs.sign.mean_magnitudes`."""
+    means = (row_sums(rows.to(torch.float64).abs()) / rows.shape[1]).to(torch.float32)
     return torch.where(means.isfinite(), means, torch.full_like(means, float("nan")))
 
 
