@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
-from hvd_qsgd.cost import UNCOMPRESSED, Costs, Decision, decide, measure_costs
-from hvd_qsgd.engine import run_exchange
+from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
@@ -103,8 +103,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0
         self._call: Call | None = None
-        #: Of exchange="auto", by process set and number of ranks.
-        self._costs: dict[tuple[int, int], Costs] = {}
+        self._advisor = Advisor()
 
     # -- Horovod's interface ----------------------------------------------------------------
 
@@ -256,15 +255,15 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     def _decide(self, process_set: Any, compressed: Sequence[Entry]) -> Decision:
         """Choose an exchange, with nothing else on the network while the graph is traced."""
-        collectives = HorovodCollectives(process_set)
-        key = (process_set.process_set_id, collectives.ranks)
-        if key not in self._costs:
-            steps = measure_costs(
-                kernels_for(self.codec, "numba"), collectives.ranks, aligned_empty, f"set{key[0]}.costs"
-            )
-            self._costs[key] = run_exchange(steps, collectives)
         elements = sum(entry.elements for entry in compressed)
-        return decide(self._costs[key], self.codec, elements, collectives.ranks, -(-elements // self.fusion_elements))
+        return self._advisor.decide(
+            kernels_for(self.codec, "numba"),
+            HorovodCollectives(process_set),
+            aligned_empty,
+            f"set{process_set.process_set_id}",
+            elements,
+            -(-elements // self.fusion_elements),
+        )
 
 
 @tf.custom_gradient

@@ -15,7 +15,9 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.codecs import Codec
+from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
@@ -23,9 +25,9 @@ from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
-from hvd_qsgd.torch.auto import Advisor, Rehearsal
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
-from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on
+from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
+from hvd_qsgd.torch.rehearsal import Rehearsal
 
 
 @dataclass
@@ -357,7 +359,7 @@ class Compressor(CompressorBase):
         if key not in self._decisions:
             # Everybody is in the same call here, and can measure at once.
             codec = self._codec(site.name, tensor)
-            decision = self._advisor.decide(codec, site.process_set, tensor.device, tensor.numel())
+            decision = self._advise(codec, site.process_set, tensor.device, tensor.numel())
             self._decisions[key] = decision
             self._stats.decisions[site.name] = str(decision)
         return self._decisions[key]
@@ -373,12 +375,18 @@ class Compressor(CompressorBase):
         bundles = {id(bundle): bundle for _, bundle in slices}
         elements = sum(part.stop - part.start for part, _ in slices)
         first = slices[0][1]
-        state.decision = self._advisor.decide(
+        state.decision = self._advise(
             first.codec, undecided.site.process_set, first.device, elements, len(bundles), state.rehearsal.backward
         )
         self._stats.decisions[f"optimizer {state.index}"] = str(state.decision)
         if state.decision.exchange != UNCOMPRESSED:
             self._make_bundles(state, undecided.site)
+
+    def _advise(self, codec: Codec, process_set: Any, device: torch.device, elements: int, *plan: Any) -> Decision:
+        """What to do with ``elements`` elements; ``plan``: see :meth:`hvd_qsgd.advisor.Advisor.decide`."""
+        group = f"set{process_set.process_set_id}"
+        collectives = HorovodCollectives(process_set)
+        return self._advisor.decide(kernels_on(codec, device), collectives, empty_on(device), group, elements, *plan)
 
     @staticmethod
     def _single_key(site: CallSite, tensor: torch.Tensor) -> tuple[Any, ...]:

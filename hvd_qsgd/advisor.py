@@ -1,0 +1,47 @@
+"""``exchange="auto"``: measures the network and the machine, then decides; see :mod:`hvd_qsgd.cost`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvd_qsgd.codecs.base import Kernels
+from hvd_qsgd.collectives.base import Collectives
+from hvd_qsgd.cost import Costs, Decision, agree_on_largest, decide, measure_costs
+from hvd_qsgd.engine import run_exchange
+from hvd_qsgd.exchanges.base import Empty
+
+
+class Advisor:
+    """Decides. Measures once for each codec's kernels, group of ranks and its size."""
+
+    def __init__(self) -> None:
+        self._costs: dict[tuple[Any, ...], Costs] = {}
+
+    def decide(
+        self,
+        kernels: Kernels,
+        collectives: Collectives,
+        empty: Empty,
+        group: str,
+        elements: int,
+        bundles: int = 1,
+        backward: float | None = None,
+    ) -> Decision:
+        """The same decision on all ranks, which must all ask at the same point of their program.
+
+        Args:
+            kernels: of the codec, on the backend and device that will be used.
+            empty: makes the arrays of that backend.
+            group: a name of the group of ranks.
+            elements: what is to be reduced, float32.
+            bundles: the number of exchanges it is divided into.
+            backward: seconds of backward pass behind which transfers can hide, as seen by this rank;
+                None, on all ranks, if there is none.
+        """
+        name, key = f"{group}.costs", (kernels, group, collectives.ranks)
+        if key not in self._costs:
+            self._costs[key] = run_exchange(measure_costs(kernels, collectives.ranks, empty, name), collectives)
+        hidden = 0.0
+        if backward is not None:
+            (hidden,) = run_exchange(agree_on_largest([backward], empty, f"{name}.backward"), collectives)
+        return decide(self._costs[key], kernels.codec, elements, collectives.ranks, bundles, hidden)
