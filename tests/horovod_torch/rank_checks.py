@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,34 @@ def train(optimizer: Any, parameters: Parameters, seeds: Iterable[int]) -> None:
         optimizer.zero_grad()
         backward(parameters, make_gradients(parameters, seed))
         optimizer.step()
+
+
+def check_resumes(make: Callable[[], Any], shapes: Mapping[str, tuple[int, ...]], check: Any = None) -> None:
+    """Ranks agree, and a run that is saved and resumed ends with the bits of one that was not interrupted.
+
+    Args:
+        make: a new compressor.
+        check: is called with each compressor after its run.
+    """
+
+    def run(saved: bytes | None, start: Parameters, seeds: range) -> tuple[bytes, Parameters, torch.Tensor]:
+        weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
+        compressor = make()
+        if saved is not None:
+            compressor.load_state_dict(torch.load(io.BytesIO(saved)))
+        train(make_optimizer(weights, compressor), weights, seeds)
+        assert_same_on_all_ranks(weights.values())
+        if check is not None:
+            check(compressor)
+        stream = io.BytesIO()
+        torch.save(compressor.state_dict(), stream)
+        return stream.getvalue(), weights, digest([*weights.values(), *compressor.state_dict()["arrays"].values()])
+
+    beginning = make_parameters(shapes)
+    _, _, uninterrupted = run(None, beginning, range(4))
+    saved, halfway, _ = run(None, beginning, range(2))
+    _, _, resumed = run(saved, halfway, range(2, 4))
+    assert_equal(resumed, uninterrupted)
 
 
 # -- one step, up to the reduced gradients ----------------------------------------------------

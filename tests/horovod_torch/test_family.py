@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import horovod.torch as hvd
@@ -13,7 +12,7 @@ from rank_checks import (
     LR,
     assert_same_on_all_ranks,
     backward,
-    digest,
+    check_resumes,
     gather,
     make_gradients,
     make_optimizer,
@@ -56,25 +55,12 @@ MAKERS: list[Any] = [
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: repr(make()))
 def test_ranks_agree_bytes_are_saved_and_a_resumed_run_equals_an_uninterrupted_one(make: Any) -> None:
-    def run(saved: bytes | None, start: Any, seeds: range) -> tuple[bytes, Any, torch.Tensor]:
-        weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
-        compressor = make()
-        if saved is not None:
-            compressor.load_state_dict(torch.load(io.BytesIO(saved)))
-        train(make_optimizer(weights, compressor), weights, seeds)
-        assert_same_on_all_ranks(weights.values())
+    def check(compressor: Any) -> None:
         compressed = [r for r in compressor.stats().tensors.values() if not r.bypassed]
         assert len(compressed) == 2
         assert sum(r.wire_bytes for r in compressed) < 0.7 * sum(r.uncompressed_wire_bytes for r in compressed)
-        stream = io.BytesIO()
-        torch.save(compressor.state_dict(), stream)
-        return stream.getvalue(), weights, digest([*weights.values(), *compressor.state_dict()["arrays"].values()])
 
-    beginning = make_parameters(SHAPES)
-    _, _, uninterrupted = run(None, beginning, range(4))
-    saved, halfway, _ = run(None, beginning, range(2))
-    _, _, resumed = run(saved, halfway, range(2, 4))
-    assert_equal(resumed, uninterrupted)
+    check_resumes(make, SHAPES, check)
 
 
 def test_sign_sends_the_mean_magnitude() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import horovod.torch as hvd
@@ -10,14 +9,12 @@ import pytest
 import torch
 from expectations import assert_equal
 from rank_checks import (
-    assert_same_on_all_ranks,
-    digest,
+    check_resumes,
     gather,
     make_gradients,
     make_optimizer,
     make_parameters,
     reduce_gradients,
-    train,
 )
 
 from hvd_qsgd.errors import ConfigError
@@ -38,22 +35,7 @@ CODECS: list[tuple[type[Compressor], dict[str, Any]]] = [
 def test_ranks_agree_and_a_resumed_run_equals_an_uninterrupted_one(
     kind: Feedback, codec: type[Compressor], settings: dict[str, Any]
 ) -> None:
-    def run(saved: bytes | None, start: Any, seeds: range) -> tuple[bytes, Any, torch.Tensor]:
-        weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
-        compressor = codec(**settings, error_feedback=kind)
-        if saved is not None:
-            compressor.load_state_dict(torch.load(io.BytesIO(saved)))
-        train(make_optimizer(weights, compressor), weights, seeds)
-        assert_same_on_all_ranks(weights.values())
-        stream = io.BytesIO()
-        torch.save(compressor.state_dict(), stream)
-        return stream.getvalue(), weights, digest([*weights.values(), *compressor.state_dict()["arrays"].values()])
-
-    beginning = make_parameters(SHAPES)
-    _, _, uninterrupted = run(None, beginning, range(4))
-    saved, halfway, _ = run(None, beginning, range(2))
-    _, _, resumed = run(saved, halfway, range(2, 4))
-    assert_equal(resumed, uninterrupted)
+    check_resumes(lambda: codec(**settings, error_feedback=kind), SHAPES)
 
 
 def test_ef21_gives_the_mean_of_the_estimates() -> None:
