@@ -76,7 +76,8 @@ def show(results: dict[str, dict[str, Any]], workload: str, console: Console) ->
         console.print(table)
 
 
-def plot(results: dict[str, dict[str, Any]], workload: str, path: Path) -> None:
+def plot(results: dict[str, dict[str, Any]], workload: str, path: Path, sent: str = "bytes") -> None:
+    """Bars of times, and marks where the bytes of ``sent`` over the bandwidth are."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,7 +87,7 @@ def plot(results: dict[str, dict[str, Any]], workload: str, path: Path) -> None:
     for axis, (rate, methods) in zip(axes[0], results.items()):
         names = list(methods)
         axis.barh(names, [methods[name]["seconds"] * 1e3 for name in names], color="tab:blue")
-        limits = [methods[name]["bytes"] * 8 / bits_per_second(rate) * 1e3 for name in names]
+        limits = [methods[name][sent] * 8 / bits_per_second(rate) * 1e3 for name in names]
         axis.plot(limits, names, "|", color="black", markersize=16, label="bytes over bandwidth")
         axis.invert_yaxis()
         axis.set(xlabel="milliseconds", title=f"{workload}, {rate}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from emulated_cluster import ClusterError, EmulatedCluster
-from exchange import bits_per_second
+from exchange import bits_per_second, plot, result_of
 from rich.console import Console
 from rich.table import Table
 
@@ -31,13 +31,9 @@ def run(options: list[str], rate: str, timeout: float) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "pipeline_stage.py"), *options]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
     with EmulatedCluster(4, rate=rate) as cluster:
-        result = cluster.run(command, environment=environment, timeout=timeout)
-    for line in result.stdout.splitlines():
-        if "RESULT {" in line:
-            return json.loads(line[line.index("RESULT {") + len("RESULT ") :])  # type: ignore[no-any-return]
-    raise SystemExit(
-        f"The stages printed no result (exit status {result.returncode}):\n{result.stdout}\n{result.stderr}"
-    )
+        launched = cluster.run(command, environment=environment, timeout=timeout)
+    measured: dict[str, Any] = result_of(launched)
+    return measured
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
@@ -53,25 +49,6 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
             table.add_row(*cells, f"{measured['busiest'] * 8 / bits_per_second(rate) * 1e3:.0f}")
         console.print(table)
     console.print('"limit" is what the busiest host sends over the bandwidth of its link: no step can be faster.')
-
-
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(1 + 5 * len(results), 3.6), squeeze=False)
-    for axis, (rate, methods) in zip(axes[0], results.items()):
-        names = list(methods)
-        axis.barh(names, [methods[name]["seconds"] * 1e3 for name in names], color="tab:blue")
-        limits = [methods[name]["busiest"] * 8 / bits_per_second(rate) * 1e3 for name in names]
-        axis.plot(limits, names, "|", color="black", markersize=16, label="bytes over bandwidth")
-        axis.invert_yaxis()
-        axis.set(xlabel="milliseconds a step", title=f"four stages, {rate}")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -94,7 +71,7 @@ def main() -> None:
     show(results, Console(width=110))
     settings = {"rates": arguments.rates, "options": options}
     arguments.output.with_suffix(".json").write_text(json.dumps({"settings": settings, "results": results}, indent=1))
-    plot(results, arguments.output.with_suffix(".png"))
+    plot(results, "four stages", arguments.output.with_suffix(".png"), "busiest")
     print(f"wrote {arguments.output.with_suffix('.json')} and {arguments.output.with_suffix('.png')}")
 
 
