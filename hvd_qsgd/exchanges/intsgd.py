@@ -16,7 +16,7 @@ from hvd_qsgd.codecs.intsgd import IntSGD
 from hvd_qsgd.exchanges.allreduce import allreduce
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work
 from hvd_qsgd.exchanges.linear import CHECK_BITS
-from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels import kernels_of
 
 
 def intsgd(job: Job) -> Steps:
@@ -24,13 +24,13 @@ def intsgd(job: Job) -> Steps:
     codec = job.codec
     assert isinstance(codec, IntSGD)
     if not all(piece.memory.get("square") for piece in job.pieces):
-        first = Job(job.name, job.pieces, _kernels(job, codec.first_grid), job.rank, job.ranks, job.empty)
+        first = Job(job.name, job.pieces, kernels_of(codec.first_grid, job.pieces[0].x), job.rank, job.ranks, job.empty)
         yield from allreduce(first)
         job.wire_bytes += first.wire_bytes
         for piece in job.pieces:
             _learn(job, piece, codec.beta)
         return
-    kernels: Any = _kernels(job, codec.grid)
+    kernels: Any = kernels_of(codec.grid, job.pieces[0].x)
     scales = [np.float32(codec.grid.levels * step_size(codec, piece, job.ranks)) for piece in job.pieces]
     lengths = [codec.grid.lanes_length(len(piece.x), job.ranks) for piece in job.pieces]
     # Ranks whose grids differ, by another processor's sums perhaps, must not add up.
@@ -85,10 +85,6 @@ def _learn(job: Job, piece: Piece, beta: float) -> None:
     square = float((piece.out * piece.out).sum())
     before = piece.memory.get("square")
     piece.memory["square"] = beta * before + (1 - beta) * square if before else square
-
-
-def _kernels(job: Job, grid: Any) -> Any:
-    return kernels_for(grid, "numba" if isinstance(job.pieces[0].x, np.ndarray) else "torch")
 
 
 def _agreed(job: Job, codec: IntSGD, piece: Piece, scale: np.float32) -> Any:

@@ -11,7 +11,7 @@ from hvd_qsgd.codecs.base import Codec, check_choice
 from hvd_qsgd.codecs.cast import Cast
 from hvd_qsgd.codecs.qsgd import QSGD
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels import kernels_of
 
 #: How an array can be kept. Both codecs decode to values that they encode to the same bytes
 #: again, so a checkpoint in float32 restores the very payload.
@@ -80,7 +80,7 @@ class Store:
 
     def _kernels(self, array: Any) -> Any:
         assert self._codec is not None
-        return kernels_for(self._codec, "numba" if isinstance(array, np.ndarray) else "torch")
+        return kernels_of(self._codec, array)
 
 
 def _bytes(like: Any, size: int) -> Any:

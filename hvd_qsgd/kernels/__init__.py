@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+from typing import Any
+
+import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.codecs.rows import Rows, RowsKernels
@@ -72,3 +75,8 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
         raise ConfigError(f"The codec {codec.name!r} has no {backend} kernels; it runs on the CPU only.")
     module, _, name = entry.partition(":")
     return getattr(importlib.import_module(module), name)(codec)
+
+
+def kernels_of(codec: Codec, array: Any) -> Kernels:
+    """The kernels for arrays like this one: a NumPy array or a torch tensor."""
+    return kernels_for(codec, "numba" if isinstance(array, np.ndarray) else "torch")
