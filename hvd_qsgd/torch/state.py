@@ -22,6 +22,7 @@ import torch
 from horovod.torch.elastic.state import StateHandler, get_handler_registry
 
 from hvd_qsgd.codecs.base import check_choice
+from hvd_qsgd.collectives.horovod_torch import Names
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.torch.compressor import Compressor
 from hvd_qsgd.torch.flights import ENGINE
@@ -186,9 +187,11 @@ class CompressorStateHandler(StateHandler):
         ENGINE.abandon()
         # Whoever is new has no steps yet, and no state to contribute.
         state = self.value.state_dict()
-        entries = hvd.allgather_object((self._ranks, state if state["steps"] else None), name="hvd_qsgd.sync")
-        states = [state for _, state in entries if state is not None]
-        resized = len(states) != len(entries) or any(ranks != len(entries) for ranks, _ in entries)
+        mine = (Names.generation, self._ranks, state if state["steps"] else None)
+        entries = hvd.allgather_object(mine, name="hvd_qsgd.sync")
+        Names.generation = 1 + max(generation for generation, _, _ in entries)
+        states = [state for _, _, state in entries if state is not None]
+        resized = len(states) != len(entries) or any(ranks != len(entries) for _, ranks, _ in entries)
         if states and resized:
             self.value.load_state_dict(mean_state(self.value, states))
         self.value.replan()

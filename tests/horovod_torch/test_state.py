@@ -16,6 +16,7 @@ from expectations import assert_equal
 from rank_checks import digest, gather, make_optimizer, make_parameters, train
 
 from hvd_qsgd import TopK
+from hvd_qsgd.collectives import horovod_torch
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.feedback import EF21, LoCo
 from hvd_qsgd.policies import WarmUp
@@ -101,6 +102,29 @@ def test_another_number_of_ranks_preserves_the_mean_or_resets(make: Any) -> None
     states.scatter(reset, gathered, resize="reset")
     assert not reset.state_dict()["arrays"]
     run(lambda: resized, weights, range(3, 5))
+
+
+def test_what_is_left_in_horovods_queue_does_no_harm_after_the_ranks_have_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if Horovod had died on rank 0 while it was starting the collectives of a step."""
+    beginning = make_parameters(SHAPES)
+    undisturbed = end(*run(TopKCompressor, beginning, range(4)))
+    compressor = TopKCompressor()
+    weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in beginning.items()}
+    optimizer = make_optimizer(weights, compressor)
+    names, start = [], horovod_torch.hvd.allgather_async
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            horovod_torch.hvd, "allgather_async", lambda x, **named: names.append(named["name"]) or start(x, **named)
+        )
+        train(optimizer, weights, range(2))
+    left = [start(torch.zeros(8, dtype=torch.uint8), name=name) for name in set(names) if hvd.rank() == 0]
+    states.CompressorStateHandler(compressor).sync()
+    train(optimizer, weights, range(2, 4))
+    assert_equal(end(compressor, weights), undisturbed)
+    left += [start(torch.zeros(8, dtype=torch.uint8), name=name) for name in set(names) if hvd.rank() != 0]
+    assert left and all(len(hvd.synchronize(handle)) == 8 * hvd.size() for handle in left)
 
 
 def test_missing_files_are_named(shared: Path) -> None:
