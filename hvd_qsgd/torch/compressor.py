@@ -158,9 +158,11 @@ class Compressor(CompressorBase):
             flight = bundle.flight_for(part)
             context.flights.append((part, flight))
             flight.add(part, piece)
-        if not site.named:
-            # Horovod names the carrier after the number of collectives that this process has started so far.
-            # That is the same on all ranks only when none of ours is still to come.
+        if site.optimizer is None and not (site.named and site.grouped):
+            # The caller waits for the carrier at once, and Horovod reduces it after all that was started before:
+            # wait here, and decode what has come while the rest is on its way. Besides, Horovod names the carrier of
+            # a call without a name after the number of collectives that this process has started so far, which is
+            # the same on all ranks only when none of ours is still to come.
             for _, flight in context.flights:
                 flight.wait()
         return self._carrier(site, tensor), context
