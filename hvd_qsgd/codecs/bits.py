@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 
@@ -14,6 +16,7 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
+@functools.lru_cache(maxsize=4096)
 def planes_size(length: int, bits: int) -> int:
     """Bytes that ``length`` codes of ``bits`` bits take as planes."""
     return sum(-(-length * width // 8) for width in plane_widths(bits))

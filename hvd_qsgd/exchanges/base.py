@@ -8,6 +8,7 @@ and runs over Horovod, over mpi4py, or with all ranks in one process
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -155,15 +156,21 @@ class Job:
 
     def fingerprint(self, exchange: str) -> int:
         """31 bits that differ when two ranks do not mean the same exchange."""
-        shape = [(piece.name, piece.first, len(piece.x)) for piece in self.pieces]
-        text = json.dumps([exchange, self.codec.version, self.codec.config(), shape, self.ranks], sort_keys=True)
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
+        shape = tuple((piece.name, piece.first, len(piece.x)) for piece in self.pieces)
+        return _fingerprint(exchange, self.codec, shape, self.ranks)
 
     def disagreement(self, detail: str) -> ExchangeError:
         return ExchangeError(
             f"Rank {self.rank}, exchange {self.name!r}: {detail}. All ranks must run the same model with the same "
             f"compressor settings; here they are {self.codec.config()}."
         )
+
+
+# The same in every step.
+@functools.lru_cache(maxsize=4096)
+def _fingerprint(exchange: str, codec: Codec, shape: tuple[tuple[str, int, int], ...], ranks: int) -> int:
+    text = json.dumps([exchange, codec.version, codec.config(), shape, ranks], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
 
 
 HEADER_BYTES = 4
