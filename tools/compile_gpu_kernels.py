@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -30,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-import hvd_qsgd.kernels.triton.qsgd as launches
-from hvd_qsgd import QSGD
+from hvd_qsgd import QSGD, TopK
+from hvd_qsgd.kernels.triton import qsgd, topk
 from hvd_qsgd.kernels.triton.launch import EXACT, WARPS
 
 TARGETS = {
@@ -44,7 +45,15 @@ BANDWIDTH = {"sm_80": 2.04e12, "sm_90": 3.35e12, "gfx942": 5.3e12}
 MIB = 64
 #: What each thread must move 16 bytes at a time, because most bytes are there: not what stands at odd addresses
 #: (lanes, a tail) nor what the order of sums scatters (L2 norms).
-WIDE = {"encode_buckets": "load", "bucket_scales": "load", "decode": "store", "from_lanes": "store"}
+WIDE = {
+    "encode_buckets": "load",
+    "bucket_scales": "load",
+    "decode": "store",
+    "from_lanes": "store",
+    "count_digits": "load",
+    "count_chosen": "load",
+    "write_chosen": "load",
+}
 AMD_WIDTHS = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 CODECS = (QSGD(2), QSGD(4), QSGD(7), QSGD(8), QSGD(4, norm="l2"))
 RANKS = 4
@@ -109,28 +118,39 @@ class Elsewhere:
 def compile_for(name: str, codecs: tuple[QSGD, ...] = CODECS, options: dict[str, Any] = EXACT) -> list[Report]:
     """Reports of all kernels of the codecs, compiled for a target."""
     triton.runtime.driver.set_active(Elsewhere(TARGETS[name]))
-    reports: dict[str, Report] = {}
-
-    def record(kernel: Any, grid: Any, tensors: tuple[torch.Tensor, ...], *numbers: Any, **constants: Any) -> None:
-        compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=WARPS, **options, **constants)
-        read = read_nvidia if name.startswith("sm") else read_amd
-        report = Report(kernel.fn.__name__, what, name, bytes_per_element=moved, **read(compiled, name))
-        reports[f"{report.kernel} {what}"] = report
-
-    original, launches.launch = launches.launch, record
+    reports: list[Report] = []
+    original = qsgd.launch
     try:
-        for codec in codecs:
-            for what, moved, work in jobs(codec):
-                work()
+        for what, moved, work in [job for codec in codecs for job in jobs(codec)] + topk_jobs():
+            qsgd.launch = topk.launch = functools.partial(record, reports, name, what, moved, options)
+            work()
     finally:
-        launches.launch = original
-    return list(reports.values())
+        qsgd.launch = topk.launch = original
+    return reports
+
+
+def record(
+    reports: list[Report],
+    target: str,
+    what: str,
+    moved: float,
+    options: dict[str, Any],
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor, ...],
+    *numbers: Any,
+    **constants: Any,
+) -> None:
+    """Compile instead of :func:`hvd_qsgd.kernels.triton.launch.launch`."""
+    compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=WARPS, **options, **constants)
+    read = read_nvidia if target.startswith("sm") else read_amd
+    reports.append(Report(kernel.fn.__name__, what, target, bytes_per_element=moved, **read(compiled, target)))
 
 
 def jobs(codec: QSGD) -> list[tuple[str, float, Callable[[], object]]]:
     """What the kernels of a codec do: name, bytes moved per element, and a call."""
     length = 64 * codec.bucket_size
-    kernels = launches.QSGDKernels(codec)
+    kernels = qsgd.QSGDKernels(codec)
     x, size = torch.zeros(length), codec.payload_size(length)
     message = torch.zeros(RANKS * size, dtype=torch.uint8)
     payload = message[:size]
@@ -158,6 +178,13 @@ def jobs(codec: QSGD) -> list[tuple[str, float, Callable[[], object]]]:
             (f"{name} tail", 8 + code, lambda: kernels.encode_into(x[:300], payload)),
         ]
     return found
+
+
+def topk_jobs() -> list[tuple[str, float, Callable[[], object]]]:
+    """The same for selecting the largest, which reads everything once for each of three digits and twice more."""
+    magnitudes = torch.zeros(2**15, dtype=torch.int32)
+    kernels = topk.TopKKernels(TopK())
+    return [("topk", 4.0, lambda: kernels.largest_positions(magnitudes, 300))]
 
 
 def read_nvidia(compiled: Any, target: str) -> dict[str, int]:
@@ -189,10 +216,11 @@ def read_amd(compiled: Any, target: str) -> dict[str, int]:
         [AMD_WIDTHS[width] for width in re.findall(rf"(?:buffer|global)_{what}_([a-z]+\d?)", text)]
         for what in ("load", "store")
     )
+    spilled = number(r"\.vgpr_spill_count:\s+(\d+)", text) + number(r"\.sgpr_spill_count:\s+(\d+)", text)
     divisions = len(re.findall(r"v_div_fixup_f32", text))
     return {
         "registers": number(r"\.vgpr_count:\s+(\d+)", text),
-        "spilled_bytes": 4 * (number(r"\.vgpr_spill_count:\s+(\d+)", text) + number(r"\.sgpr_spill_count:\s+(\d+)", text)),
+        "spilled_bytes": 4 * spilled,
         "shared_bytes": compiled.metadata.shared,
         "widest_load": max(loads, default=0),
         "widest_store": max(stores, default=0),

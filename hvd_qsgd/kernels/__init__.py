@@ -53,6 +53,8 @@ KERNELS: dict[str, dict[str, str]] = {
     },
     "triton": {
         "qsgd": "hvd_qsgd.kernels.triton.qsgd:QSGDKernels",
+        "topk": "hvd_qsgd.kernels.triton.topk:TopKKernels",
+        "topk_global": "hvd_qsgd.kernels.triton.topk:TopKKernels",
         "scaled": "hvd_qsgd.kernels.scaled:TritonKernels",
     },
 }

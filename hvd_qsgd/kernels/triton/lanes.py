@@ -73,7 +73,9 @@ def from_lanes(  # type: ignore[no-untyped-def]
     within = rows < buckets
     inside = within[:, None] & (index < length)
     words = tl.load(sums + rows.to(tl.int64)[:, None] * stride + index % stride, mask=inside, other=0)
-    digits = ((words + offset).to(tl.uint32, bitcast=True) >> (index // stride * LANE).to(tl.uint32)) & ((1 << LANE) - 1)
+    digits = ((words + offset).to(tl.uint32, bitcast=True) >> (index // stride * LANE).to(tl.uint32)) & (
+        (1 << LANE) - 1
+    )
     levels = digits.to(tl.int32, bitcast=True) - largest
     values = dequantize(levels, load_scales(agreed, rows, within)[:, None], unit)
     tl.store(out + rows.to(tl.int64)[:, None] * length + index, values, mask=inside)

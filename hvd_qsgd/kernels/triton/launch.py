@@ -16,7 +16,9 @@ WARPS, WIDTH = 4, 4
 THREADS = 32 * WARPS
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *numbers: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *numbers: Any, **constants: Any
+) -> None:
     """Run a kernel over a grid of programs; tensors come first among its arguments.
 
     Like an operation of torch, it goes to the current stream of the tensors' device and

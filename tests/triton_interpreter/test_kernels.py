@@ -1,0 +1,171 @@
+"""Triton kernels, interpreted on the CPU, give the bytes of the NumPy code and touch nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkers import (
+    FILLER,
+    check_kernels,
+    check_lanes,
+    check_same_bits,
+    float32_arrays,
+    gauss,
+    hard_arrays,
+    qsgd_codecs,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_qsgd import QSGD, Codec, ConfigError, PayloadError, Rows, Scaled, Sign, TopK
+from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels.triton import probe
+
+KEY = 0x0123456789ABCDEF
+CODECS = [
+    *(QSGD(bits) for bits in range(2, 9)),
+    QSGD(4, norm="l2"),
+    QSGD(5, norm="l2", rounding="nearest"),
+    QSGD(7, 24, rounding="nearest"),
+    QSGD(3, 8),
+    QSGD(6, 1000),
+    QSGD(2, 8192),
+]
+
+
+def hard_buckets(bucket: int) -> np.ndarray:
+    """Everything that is hard, as whole buckets end to end, and a tail: one launch for all."""
+    arrays = [np.resize(x, -(-len(x) // bucket) * bucket) for x in hard_arrays(bucket).values() if len(x)]
+    return np.concatenate([*arrays, gauss(bucket // 2 + 1)])
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_bytes_and_values_are_those_of_numpy(codec: QSGD) -> None:
+    x = hard_buckets(min(codec.bucket_size, 512))
+    check_kernels(codec, kernels_for(codec, "triton"), x, KEY, codec.granularity * (2**23 + 7), torch.from_numpy)
+
+
+@pytest.mark.parametrize(
+    ("codec", "ranks"), [(QSGD(), 4), (QSGD(2), 1), (QSGD(8), 1000), (QSGD(5, 24, "l2"), 3)], ids=str
+)
+def test_lanes_are_those_of_numpy(codec: QSGD, ranks: int) -> None:
+    check_lanes(
+        codec, kernels_for(codec, "triton"), hard_buckets(codec.bucket_size), ranks, 2**64 - 1, torch.from_numpy
+    )
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 17, 100])
+def test_tails_are_those_of_numpy(length: int) -> None:
+    for codec in (QSGD(bits=2 + length % 7), QSGD(bits=7, bucket_size=8)):
+        check_kernels(codec, kernels_for(codec, "triton"), gauss(length), length, 0, torch.from_numpy)
+
+
+@settings(max_examples=15)
+@given(codec=qsgd_codecs(), x=float32_arrays(), key=st.integers(0, 2**64 - 1), bucket=st.integers(0, 2**28))
+def test_bytes_of_any_input_are_those_of_numpy(codec: QSGD, x: np.ndarray, key: int, bucket: int) -> None:
+    check_kernels(codec, kernels_for(codec, "triton"), x, key, bucket * codec.granularity, torch.from_numpy)
+
+
+@settings(max_examples=10)
+@given(codec=qsgd_codecs(), x=float32_arrays(), ranks=st.integers(1, 2000), key=st.integers(0, 2**64 - 1))
+def test_lanes_of_any_input_are_those_of_numpy(codec: QSGD, x: np.ndarray, ranks: int, key: int) -> None:
+    check_lanes(codec, kernels_for(codec, "triton"), x, ranks, key, torch.from_numpy)
+
+
+@settings(max_examples=15)
+@given(codec=qsgd_codecs(), length=st.integers(1, 100), seed=st.integers(0, 99))
+def test_any_bytes_decode_to_the_values_of_numpy(codec: QSGD, length: int, seed: int) -> None:
+    payload = np.random.default_rng(seed).integers(0, 256, codec.payload_size(length), np.uint8)
+    expected, made = (np.ones(length, np.float32) for _ in range(2))
+    for mode in ("add", "subtract", "set"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            codec.decode_into(payload, expected, mode)
+        kernels_for(codec, "triton").decode_into(torch.from_numpy(payload), torch.from_numpy(made), mode)
+        check_same_bits(made, expected)
+
+
+def test_payloads_at_uneven_distances_are_averaged() -> None:
+    codec, x = QSGD(), gauss(700)
+    payload = codec.encode(x)
+    size = len(payload)
+    message = np.full(3 * size + 20, FILLER, np.uint8)
+    spans = [(start, start + size) for start in (0, size + 1, 2 * size + 20)]
+    for start, stop in spans:
+        message[start:stop] = payload
+    expected, made = np.empty(700, np.float32), np.empty(700, np.float32)
+    codec.average_into(message, spans, expected)
+    kernels_for(codec, "triton").average_into(torch.from_numpy(message), spans, torch.from_numpy(made))
+    check_same_bits(made, expected)
+
+
+@pytest.mark.parametrize("codec", [TopK(), TopK(k=1), TopK(ratio=0.3), TopK(ratio=1)], ids=str)
+def test_topk_selects_what_numpy_selects(codec: TopK) -> None:
+    arrays = {**hard_arrays(), "many": gauss(9000), "few values": np.round(gauss(9000)), "equal": np.ones(5000)}
+    kernels = kernels_for(codec, "triton")
+    assert type(kernels).__module__ == "hvd_qsgd.kernels.triton.topk"
+    for x in arrays.values():
+        x = np.ascontiguousarray(x, np.float32)
+        expected = codec.encode(x)
+        made = torch.full((codec.payload_size(len(x)),), FILLER, dtype=torch.uint8)
+        used = kernels.encode_into(torch.from_numpy(x), made)
+        check_same_bits(made[:used].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "codec", [Scaled(QSGD(norm="l2")), Rows(QSGD(bucket_size=64), 200), Sign(), TopK(0.1)], ids=str
+)
+def test_other_codecs_are_served_too(codec: Codec) -> None:
+    check_kernels(codec, kernels_for(codec, "triton"), gauss(600), KEY, 0, torch.from_numpy)
+
+
+def test_misuse_is_refused_as_elsewhere() -> None:
+    codec, kernels = QSGD(), kernels_for(QSGD(), "triton")
+    x = gauss(1000)
+    payload = codec.encode(x)
+    for wrong in (payload[:-1], np.append(payload, np.uint8(0)), payload[:0]):
+        with pytest.raises(PayloadError, match="bytes, but"):
+            kernels.decode_into(torch.from_numpy(wrong.copy()), torch.from_numpy(x))
+    with pytest.raises(ConfigError, match="mode='plus' is not one of"):
+        kernels.decode_into(torch.from_numpy(payload), torch.from_numpy(x), "plus")
+    memory = np.full(1000, FILLER, np.uint8)
+    with pytest.raises(PayloadError, match="does not fit"):
+        kernels.encode_into(torch.from_numpy(x), torch.from_numpy(memory[:100]))
+    assert set(memory) == {FILLER}
+
+
+# -- the proof before first use -------------------------------------------------------------------
+
+
+@pytest.fixture
+def _forgetful() -> Any:
+    yield
+    probe.fault_on.cache_clear()
+    probe.works_on.cache_clear()
+
+
+@pytest.mark.usefixtures("_forgetful")
+def test_kernels_that_prove_themselves_are_used() -> None:
+    assert probe.fault_on(torch.device("cpu")) == ""
+    assert probe.works_on(torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("_forgetful")
+@pytest.mark.parametrize(("wrong", "fault"), [("bytes", "makes other bytes"), ("error", "RuntimeError: no compiler")])
+def test_kernels_that_fail_are_not_used_and_it_is_said(wrong: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvd_qsgd.kernels.triton import qsgd
+
+    original = qsgd.launch
+
+    def careless(kernel: Any, grid: Any, tensors: Any, *numbers: Any, **constants: Any) -> None:
+        if wrong == "error":
+            raise RuntimeError("no compiler")
+        original(kernel, grid, tensors, *numbers, **constants)
+        if kernel is qsgd.encode_buckets:
+            tensors[2][5] ^= 1
+
+    monkeypatch.setattr(qsgd, "launch", careless)
+    with pytest.warns(UserWarning, match=f"{fault}.*encoded by torch operations"):
+        assert not probe.works_on(torch.device("cpu"))
