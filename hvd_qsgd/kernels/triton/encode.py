@@ -155,6 +155,8 @@ def encode_scaled(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     half = (length + 1) // 2
     word = first_word.to(tl.uint32) + rows.to(tl.uint32)[:, None] * half
+    low = key_low.to(tl.uint32)
+    high = key_high.to(tl.uint32)
     for power in tl.static_range(4):
         if BITS & (8 >> power):
             stride = plane_stride(length, 8 >> power)
@@ -164,7 +166,7 @@ def encode_scaled(  # type: ignore[no-untyped-def]
                 index = columns + slot * stride
                 present = inside & (index < length)
                 value = tl.load(source + index, mask=present, other=0.0)
-                fraction = fraction_of(index, half, word, key_low, key_high, STOCHASTIC)
+                fraction = fraction_of(index, half, word, low, high, STOCHASTIC)
                 code = round_up(value, fraction, lift, factor, usable, 2 ** (BITS - 1) - 1)
                 field = (code >> (BITS & (16 - (16 >> power)))) & ((1 << (8 >> power)) - 1)
                 bytes_ |= tl.where(present, field << (slot * (8 >> power)), 0)

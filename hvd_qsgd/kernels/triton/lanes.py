@@ -38,12 +38,14 @@ def to_lanes(  # type: ignore[no-untyped-def]
     source = x + rows.to(tl.int64)[:, None] * length
     half = (length + 1) // 2
     word = first_word.to(tl.uint32) + rows.to(tl.uint32)[:, None] * half
+    low = key_low.to(tl.uint32)
+    high = key_high.to(tl.uint32)
     sums = tl.zeros([ROWS, COLUMNS], tl.int32)
     for lane in tl.static_range(LANES):
         index = columns + lane * stride
         present = inside & (index < length)
         value = tl.load(source + index, mask=present, other=0.0)
-        fraction = fraction_of(index, half, word, key_low, key_high, STOCHASTIC)
+        fraction = fraction_of(index, half, word, low, high, STOCHASTIC)
         level = round_up(value, fraction, lift, factor, usable, LEVELS) - LEVELS
         sums += tl.where(present, level, 0) << (lane * LANE)
     tl.store(out + rows.to(tl.int64)[:, None] * stride + columns, sums, mask=inside)

@@ -24,8 +24,8 @@ def fault_on(device: torch.device) -> str:
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     try:
-        codec = QSGD(bucket_size=64)
-        kernels, x = QSGDKernels(codec), hard_buckets(64)
+        codec = QSGD()
+        kernels, x = QSGDKernels(codec), hard_buckets(codec.bucket_size)
         source = torch.from_numpy(x).to(device)
         payload = torch.empty(codec.payload_size(len(x)), dtype=torch.uint8, device=device)
         kernels.encode_into(source, payload, key=0x0123456789ABCDEF)
