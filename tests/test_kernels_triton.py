@@ -67,6 +67,19 @@ def test_the_rules_see_what_they_forbid(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    done = run(str(ROOT / "benchmarks" / "gpu.py"), "--smoke", "--output", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(output.read_text())
+    assert found["backend"] == "triton" and found["compared"] > 100
+    calls = ["encode", "decode", "decode and add", "average of 4", "to lanes", "from lanes"]
+    assert [row["what"] for row in found["kernels"]] == calls * 3 * 2
+    assert found["ranks"] == 2
+    assert list(found["exchange"]) == ["none", "fp16", "qsgd8", "qsgd4", "qsgd4-scatter", "qsgd4-allreduce"]
+    assert all(row["seconds"] > 0 for row in [*found["kernels"], *found["exchange"].values()])
+
+
 def test_without_triton_torch_operations_serve_the_gpu() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"

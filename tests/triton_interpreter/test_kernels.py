@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_qsgd import QSGD, Codec, ConfigError, PayloadError, Rows, Scaled, Sign, TopK
-from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels import kernels_for, kernels_of
 from hvd_qsgd.kernels.triton import probe
+from hvd_qsgd.kernels.triton.launch import launch
 
 KEY = 0x0123456789ABCDEF
 CODECS = [
@@ -174,3 +178,31 @@ def test_kernels_that_fail_are_not_used_and_it_is_said(wrong: str, fault: str, m
     monkeypatch.setattr(qsgd, "launch", careless)
     with pytest.warns(UserWarning, match=f"{fault}.*encoded by torch operations"):
         assert not probe.works_on(torch.device("cpu"))
+
+
+# -- where kernels run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("works", "backend"), [(True, "triton"), (False, "torch")])
+def test_a_gpu_is_served_by_triton_where_that_works(works: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "works_on", lambda device: works)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 1))
+    assert kernels_of(QSGD(), on_gpu) is kernels_for(QSGD(), backend)
+    assert kernels_of(QSGD(), torch.ones(1)) is kernels_for(QSGD(), "torch")
+
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton itself takes the current device and its current stream."""
+    events: list[Any] = []
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        events.append(("enter", device))
+        yield
+        events.append("exit")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    device = torch.device("cuda", 1)
+    kernel = {(3,): lambda *arguments, **options: events.append(options["enable_fp_fusion"])}
+    launch(kernel, (3,), (SimpleNamespace(device=device),), 7)  # type: ignore[arg-type]
+    assert events == [("enter", device), False, "exit"]
