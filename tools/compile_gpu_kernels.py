@@ -152,11 +152,12 @@ def jobs(codec: QSGD) -> list[tuple[str, float, Callable[[], object]]]:
     length = 64 * codec.bucket_size
     kernels = qsgd.QSGDKernels(codec)
     x, size = torch.zeros(length), codec.payload_size(length)
-    message = torch.zeros(RANKS * size, dtype=torch.uint8)
+    # Behind a header of 4 bytes, as in the messages of the exchanges.
+    message = torch.zeros(4 + RANKS * (size + 4), dtype=torch.uint8)[4:]
     payload = message[:size]
     scales = torch.zeros(codec.agreement_length(length), dtype=torch.int32)
     lanes = torch.zeros(codec.lanes_length(length, RANKS), dtype=torch.int32)
-    spans = [(rank * size, (rank + 1) * size) for rank in range(RANKS)]
+    spans = [(rank * (size + 4), rank * (size + 4) + size) for rank in range(RANKS)]
     code, lane = size / length, 4 * len(lanes) / length
     name = f"{codec.bits} bits" + (" l2" if codec.norm == "l2" else "")
     found: list[tuple[str, float, Callable[[], object]]] = [

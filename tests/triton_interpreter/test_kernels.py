@@ -24,9 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_qsgd import QSGD, Codec, ConfigError, PayloadError, Rows, Scaled, Sign, TopK
+from hvd_qsgd.codecs.bits import plane_widths
 from hvd_qsgd.kernels import kernels_for, kernels_of
 from hvd_qsgd.kernels.triton import probe
 from hvd_qsgd.kernels.triton.launch import launch
+from hvd_qsgd.kernels.triton.qsgd import Group, QSGDKernels
 
 KEY = 0x0123456789ABCDEF
 CODECS = [
@@ -72,19 +74,19 @@ def test_tails_are_those_of_numpy(length: int) -> None:
         check_kernels(codec, kernels_for(codec, "triton"), gauss(length), length, 0, torch.from_numpy)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(codec=qsgd_codecs(), x=float32_arrays(), key=st.integers(0, 2**64 - 1), bucket=st.integers(0, 2**28))
 def test_bytes_of_any_input_are_those_of_numpy(codec: QSGD, x: np.ndarray, key: int, bucket: int) -> None:
     check_kernels(codec, kernels_for(codec, "triton"), x, key, bucket * codec.granularity, torch.from_numpy)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(codec=qsgd_codecs(), x=float32_arrays(), ranks=st.integers(1, 2000), key=st.integers(0, 2**64 - 1))
 def test_lanes_of_any_input_are_those_of_numpy(codec: QSGD, x: np.ndarray, ranks: int, key: int) -> None:
     check_lanes(codec, kernels_for(codec, "triton"), x, ranks, key, torch.from_numpy)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(codec=qsgd_codecs(), length=st.integers(1, 100), seed=st.integers(0, 99))
 def test_any_bytes_decode_to_the_values_of_numpy(codec: QSGD, length: int, seed: int) -> None:
     payload = np.random.default_rng(seed).integers(0, 256, codec.payload_size(length), np.uint8)
@@ -108,6 +110,25 @@ def test_payloads_at_uneven_distances_are_averaged() -> None:
     codec.average_into(message, spans, expected)
     kernels_for(codec, "triton").average_into(torch.from_numpy(message), spans, torch.from_numpy(made))
     check_same_bits(made, expected)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bytes_are_moved_in_fours_only_where_every_plane_allows_it(bits: int) -> None:
+    """The compiler is told so, and would otherwise move bytes at addresses that no GPU allows."""
+    payload = torch.zeros(8, dtype=torch.uint8)
+    found = set()
+    for m in range(1, 30):
+        codec = QSGD(bits, 8 * m)
+        told = QSGDKernels(codec)._aligned(Group(0, 1, 8 * m, 8 * m, 0), payload, payload[4:], 12)
+        starts = np.cumsum([8 * m * width // 8 for width in plane_widths(bits)])
+        assert told == (starts % 4 == 0).all()
+        found.add(told)
+    assert found == ({True} if bits in (4, 8) else {True, False})
+    kernels, group = QSGDKernels(QSGD()), Group(0, 1, 512, 512, 0)
+    assert not kernels._aligned(group, payload[1:], payload)
+    assert not kernels._aligned(group, payload, payload[2:])
+    assert not kernels._aligned(group, payload, payload, 6)
+    assert not kernels._aligned(Group(1, 1, 100, 0, 100), payload, payload)
 
 
 @pytest.mark.parametrize("codec", [TopK(), TopK(k=1), TopK(ratio=0.3), TopK(ratio=1)], ids=str)

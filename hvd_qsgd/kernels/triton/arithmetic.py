@@ -89,16 +89,28 @@ def scale_of(magnitudes):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_scales(pointer, rows, inside):  # type: ignore[no-untyped-def]
-    """int32 words ``rows`` of little-endian bytes at any address."""
+def bytes_after(starts, columns, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pointers to bytes ``columns`` after ``starts``, which are multiples of 4 if ``ALIGNED``.
+
+    Triton itself looks for multiples of 16, and behind the header of a message, 4 bytes, nothing is one.
+    """
+    pointers = starts + columns
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, [1, 4])
+    return pointers
+
+
+@triton.jit
+def load_scales(pointer, rows, inside, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 words ``rows`` of little-endian bytes."""
     byte = tl.arange(0, 4)[None, :]
-    parts = tl.load(pointer + rows[:, None] * 4 + byte, mask=inside[:, None], other=0)
+    parts = tl.load(bytes_after(pointer + rows[:, None] * 4, byte, ALIGNED), mask=inside[:, None], other=0)
     return tl.sum(parts.to(tl.int32) << (8 * byte), axis=1)
 
 
 @triton.jit
 def store_scales(pointer, rows, scales, inside):  # type: ignore[no-untyped-def]
-    """The inverse of :func:`load_scales`."""
+    """The inverse of :func:`load_scales`, at any address."""
     byte = tl.arange(0, 4)[None, :]
     tl.store(pointer + rows[:, None] * 4 + byte, (scales[:, None] >> (8 * byte)).to(tl.uint8), mask=inside[:, None])
 

@@ -9,6 +9,7 @@ from hvd_qsgd.codecs import qsgd
 from hvd_qsgd.kernels.triton.arithmetic import (
     ABS_MASK,
     bits_of,
+    bytes_after,
     code_bytes,
     factors,
     fraction_of,
@@ -33,6 +34,7 @@ def encode_buckets(  # type: ignore[no-untyped-def]
     first_word,
     key_low,
     key_high,
+    ALIGNED: tl.constexpr,
     BITS: tl.constexpr,
     BUCKET: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -42,7 +44,8 @@ def encode_buckets(  # type: ignore[no-untyped-def]
     """Full buckets with max norm, read once: they stay in registers as eight parts of equal length.
 
     All codes of a byte, and both elements of a random word, are then at the same place of
-    different parts, so that nothing moves between threads but the maximum.
+    different parts, so that nothing moves between threads but the maximum. ``ALIGNED`` says that
+    the codes of each begin at a multiple of 4 bytes.
     """
     PART: tl.constexpr = BUCKET // 8
     LEVELS: tl.constexpr = 2 ** (BITS - 1) - 1
@@ -75,7 +78,7 @@ def encode_buckets(  # type: ignore[no-untyped-def]
         early = early + (round_up(values[part], low, lift, factor, usable, LEVELS),)
         late = late + (round_up(values[part + 4], high, lift, factor, usable, LEVELS),)
 
-    target = codes_out + rows.to(tl.int64)[:, None] * (PART * BITS) + columns
+    target = bytes_after(codes_out + rows.to(tl.int64)[:, None] * (PART * BITS), columns, ALIGNED)
     if BITS & 8:
         store_plane(early + late, target, inside, 8, 0, PART)
     if BITS & 4:
@@ -139,6 +142,7 @@ def encode_scaled(  # type: ignore[no-untyped-def]
     first_word,
     key_low,
     key_high,
+    ALIGNED: tl.constexpr,
     LENGTH: tl.constexpr,
     BITS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -149,7 +153,7 @@ def encode_scaled(  # type: ignore[no-untyped-def]
     length = LENGTH if LENGTH > 0 else tail
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     within = rows < buckets
-    lift, factor, usable = factors(load_scales(scales_in, rows, within)[:, None], 2 ** (BITS - 1) - 1)
+    lift, factor, usable = factors(load_scales(scales_in, rows, within, ALIGNED)[:, None], 2 ** (BITS - 1) - 1)
     source = x + rows.to(tl.int64)[:, None] * length
     target = codes_out + rows.to(tl.int64)[:, None] * code_bytes(length, BITS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -170,5 +174,5 @@ def encode_scaled(  # type: ignore[no-untyped-def]
                 code = round_up(value, fraction, lift, factor, usable, 2 ** (BITS - 1) - 1)
                 field = (code >> (BITS & (16 - (16 >> power)))) & ((1 << (8 >> power)) - 1)
                 bytes_ |= tl.where(present, field << (slot * (8 >> power)), 0)
-            tl.store(target + columns, bytes_.to(tl.uint8), mask=inside)
+            tl.store(bytes_after(target, columns, ALIGNED), bytes_.to(tl.uint8), mask=inside)
             target += stride

@@ -34,7 +34,7 @@ def to_lanes(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     within = rows < buckets
     inside = within[:, None] & (columns < stride)
-    lift, factor, usable = factors(load_scales(agreed, rows, within)[:, None], LEVELS)
+    lift, factor, usable = factors(load_scales(agreed, rows, within, True)[:, None], LEVELS)
     source = x + rows.to(tl.int64)[:, None] * length
     half = (length + 1) // 2
     word = first_word.to(tl.uint32) + rows.to(tl.uint32)[:, None] * half
@@ -79,5 +79,5 @@ def from_lanes(  # type: ignore[no-untyped-def]
         (1 << LANE) - 1
     )
     levels = digits.to(tl.int32, bitcast=True) - largest
-    values = dequantize(levels, load_scales(agreed, rows, within)[:, None], unit)
+    values = dequantize(levels, load_scales(agreed, rows, within, True)[:, None], unit)
     tl.store(out + rows.to(tl.int64)[:, None] * length + index, values, mask=inside)

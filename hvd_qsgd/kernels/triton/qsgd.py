@@ -61,6 +61,7 @@ class QSGDKernels(Kernels):
             codes = out[self._codes_at(group, len(x)) :]
             draw = self._draw(key, first, group)
             constants = {"BITS": codec.bits, "STOCHASTIC": codec.rounding == "stochastic"}
+            constants["ALIGNED"] = self._aligned(group, scales, codes)
             if group.constant and codec.norm == "max" and codec.bucket_size <= LONGEST:
                 rows, columns = tile(group.count, codec.bucket_size // 8)
                 shape = {"ROWS": rows, "COLUMNS": columns, "BUCKET": codec.bucket_size}
@@ -145,7 +146,19 @@ class QSGDKernels(Kernels):
             grid, shape = group.grid(group.length)
             tensors = (payload[4 * group.first :], payload[self._codes_at(group, len(out)) :], self._part(group, out))
             numbers = (group.count, group.tail, ranks, step, unit(codec.levels), float(ranks))
-            launch(decode, grid, tensors, *numbers, LENGTH=group.constant, BITS=codec.bits, MODE=mode, **shape)
+            constants = {
+                "ALIGNED": self._aligned(group, *tensors[:2], step),
+                "LENGTH": group.constant,
+                "BITS": codec.bits,
+            }
+            launch(decode, grid, tensors, *numbers, MODE=mode, **constants, **shape)
+
+    def _aligned(self, group: Group, scales: torch.Tensor, codes: torch.Tensor, step: int = 0) -> bool:
+        """Whether every plane of the buckets, and those ``step`` bytes after, begins at a multiple of 4 bytes."""
+        # Planes take m, 2m, 4m or 8m bytes, m = bucket_size / 8: if all together are a multiple of 4, each is.
+        size = planes_size(self.codec.bucket_size, self.codec.bits)
+        starts = (scales.data_ptr(), codes.data_ptr(), step, size)
+        return bool(group.constant) and not any(start % 4 for start in starts)
 
     def _draw(self, key: int, first: int, group: Group) -> tuple[int, int, int]:
         """First random word and both halves of the key, as int32."""
