@@ -44,7 +44,10 @@ def check(backend: str, device: torch.device, length: int) -> int:
     done = 0
     for codec in CODECS:
         for x in (hard_buckets(512), rng.standard_normal(length).astype(np.float32), np.zeros(0, np.float32)):
-            for got, expected in outcomes(codec, kernels_for(codec, backend), x, device):
+            # The largest numbers may add up to infinity, in the specification and in Triton's interpreter.
+            with np.errstate(over="ignore", invalid="ignore"):
+                pairs = outcomes(codec, kernels_for(codec, backend), x, device)
+            for got, expected in pairs:
                 if not np.array_equal(got.cpu().numpy(), expected, equal_nan=expected.dtype.kind == "f"):
                     raise SystemExit(f"{codec} on {device} by {backend}: other bytes than the specification's.")
                 done += 1

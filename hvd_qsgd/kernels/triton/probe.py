@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 
 import numpy as np
 import torch
 
 from hvd_qsgd.codecs.qsgd import QSGD
+
+NOT_INSTALLED = "Triton is not installed"
 
 
 @functools.cache
@@ -19,11 +22,11 @@ def fault_on(device: torch.device) -> str:
     specification. Triton needs a driver, a GPU that it knows and a C compiler; what is amiss
     shows when the first kernel is compiled.
     """
+    if importlib.util.find_spec("triton") is None:
+        return NOT_INSTALLED
     try:
         from hvd_qsgd.kernels.triton.qsgd import QSGDKernels
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    try:
+
         codec = QSGD()
         kernels, x = QSGDKernels(codec), hard_buckets(codec.bucket_size)
         source = torch.from_numpy(x).to(device)
@@ -43,7 +46,7 @@ def fault_on(device: torch.device) -> str:
 def works_on(device: torch.device) -> bool:
     """Whether the Triton kernels serve a device; warns if they are here and cannot be used."""
     fault = fault_on(device)
-    if fault and "imported" not in fault:
+    if fault not in ("", NOT_INSTALLED):
         warnings.warn(f"{fault}: gradients on {device} are encoded by torch operations, which is slower.", stacklevel=2)
     return not fault
 
