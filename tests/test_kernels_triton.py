@@ -72,7 +72,7 @@ def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     done = run(str(ROOT / "benchmarks" / "gpu.py"), "--smoke", "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(output.read_text())
-    assert found["backend"] == "triton" and found["compared"] > 100
+    assert found["backend"] == "triton" and found["compared"] == 21
     calls = ["encode", "decode", "decode and add", "average of 4", "to lanes", "from lanes"]
     assert [row["what"] for row in found["kernels"]] == calls * 3 * 2
     assert found["ranks"] == 2

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hvd_qsgd import QSGD, Codec, ConfigError, PayloadError, Rows, Scaled, Sign, TopK
 from hvd_qsgd.codecs.bits import plane_widths
 from hvd_qsgd.kernels import kernels_for, kernels_of
-from hvd_qsgd.kernels.triton import probe
+from hvd_qsgd.kernels.triton import probe, qsgd, topk
 from hvd_qsgd.kernels.triton.launch import launch
 from hvd_qsgd.kernels.triton.qsgd import Group, QSGDKernels
 
@@ -183,20 +183,27 @@ def test_kernels_that_prove_themselves_are_used() -> None:
 
 
 @pytest.mark.usefixtures("_forgetful")
-@pytest.mark.parametrize(("wrong", "fault"), [("bytes", "makes other bytes"), ("error", "RuntimeError: no compiler")])
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        ("payload", "the payload of QSGD"),
+        ("lanes", "making lanes of QSGD"),
+        ("topk", "PayloadError: A topk payload"),
+        ("error", "RuntimeError: no compiler"),
+    ],
+)
 def test_kernels_that_fail_are_not_used_and_it_is_said(wrong: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvd_qsgd.kernels.triton import qsgd
-
     original = qsgd.launch
 
     def careless(kernel: Any, grid: Any, tensors: Any, *numbers: Any, **constants: Any) -> None:
         if wrong == "error":
             raise RuntimeError("no compiler")
         original(kernel, grid, tensors, *numbers, **constants)
-        if kernel is qsgd.encode_buckets:
-            tensors[2][5] ^= 1
+        if kernel is {"payload": qsgd.encode_buckets, "lanes": qsgd.to_lanes, "topk": topk.write_chosen}[wrong]:
+            tensors[-1][5] ^= 1
 
     monkeypatch.setattr(qsgd, "launch", careless)
+    monkeypatch.setattr(topk, "launch", careless)
     with pytest.warns(UserWarning, match=f"{fault}.*encoded by torch operations"):
         assert not probe.works_on(torch.device("cpu"))
 
