@@ -30,6 +30,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 from hvd_qsgd import QSGD, TopK
 from hvd_qsgd.kernels.triton import qsgd, topk
@@ -191,13 +192,16 @@ def topk_jobs() -> list[tuple[str, float, Callable[[], object]]]:
 def read_nvidia(compiled: Any, target: str) -> dict[str, int]:
     """Of the PTX, and of what ptxas says of it."""
     text = compiled.asm["ptx"]
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ptxas = get_ptxas(TARGETS[target].arch).path
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(text)
-        architecture = target + "a" * (target >= "sm_90")
-        command = [str(ptxas), "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", f"{source}.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        architecture = re.search(r"\.target (sm_\w+)", text)[1]  # type: ignore[index]
+        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", f"{source}.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    said = done.stderr
     return {
         "registers": number(r"Used (\d+) registers", said),
         "spilled_bytes": number(r"(\d+) bytes spill stores", said) + number(r"(\d+) bytes spill loads", said),
