@@ -56,7 +56,7 @@ WIDE = {
     "write_chosen": "load",
 }
 AMD_WIDTHS = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-CODECS = (QSGD(2), QSGD(4), QSGD(7), QSGD(8), QSGD(4, norm="l2"))
+CODECS = (QSGD(4), QSGD(7), QSGD(8), QSGD(4, norm="l2"))
 RANKS = 4
 
 
