@@ -62,7 +62,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--framework", choices=["torch", "tensorflow"], default="torch")
+    parser.add_argument("--framework", choices=["torch", "tensorflow", "gpu"], default="torch")
     parser.add_argument("--workload", choices=["tensor", "resnet50"], default="tensor")
     parser.add_argument("--methods", nargs="+", default=["none", "qsgd4"], choices=list(METHODS))
     parser.add_argument("--elements", type=int, default=25_000_000)

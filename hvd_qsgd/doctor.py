@@ -33,7 +33,7 @@ def examine() -> list[Finding]:
     findings += [_framework("torch", torch), _tensorflow(tensorflow)]
     if torch is None and tensorflow is None:
         findings.append(Finding("frameworks", BAD, "neither torch nor TensorFlow", "pip install hvd-qsgd[torch]"))
-    findings += [_horovod(), *_build(), _mpi(), _gpu(), _loopback()]
+    findings += [_horovod(), *_build(), _mpi(), *_gpu(), _loopback()]
     return findings
 
 
@@ -92,13 +92,31 @@ def _mpi() -> Finding:
     return Finding("MPI", GOOD, version)
 
 
-def _gpu() -> Finding:
+def _gpu() -> list[Finding]:
     program = shutil.which("nvidia-smi")
     if program is None:
-        return Finding("GPU", GOOD, "none found: the CPU kernels are used")
+        return [Finding("GPU", GOOD, "none found: the CPU kernels are used")]
     told = subprocess.run([program, "-L"], capture_output=True, text=True, check=False, timeout=60)
     names = [line.split(":")[1].split("(")[0].strip() for line in told.stdout.splitlines() if ":" in line]
-    return Finding("GPU", GOOD, f"{', '.join(names) or 'none'}; gradients there are encoded by torch operations")
+    return [Finding("GPU", GOOD, ", ".join(names) or "none"), *([_gpu_kernels()] if names else [])]
+
+
+def _gpu_kernels() -> Finding:
+    """Which kernels serve gradients on the GPU: asked of the GPU itself, like the first gradient does."""
+    try:
+        import torch
+    except ImportError:
+        return Finding("GPU kernels", GOOD, "none: torch is not installed")
+    if not torch.cuda.is_available():
+        remedy = "Install a build of torch for this GPU's driver (https://pytorch.org/get-started)."
+        return Finding("GPU kernels", WARNING, "torch sees no GPU: the CPU kernels are used", remedy)
+    from hvd_qsgd.kernels.triton.probe import fault_on
+
+    fault = fault_on(torch.device("cuda", torch.cuda.current_device()))
+    if not fault:
+        return Finding("GPU kernels", GOOD, f"Triton {distribution_version('triton')}, its bytes compared just now")
+    remedy = "pip install hvd-qsgd[gpu], and a C compiler, which Triton needs; results are the same without."
+    return Finding("GPU kernels", WARNING, f"torch operations, which are slower: {fault}", remedy)
 
 
 def _loopback(path: Path = Path("/sys/class/net/lo/mtu")) -> Finding:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launch import ROOT, environment
 from typer.testing import CliRunner
 
 from hvd_qsgd import ConfigError, doctor, estimate
 from hvd_qsgd.cli import app
+from hvd_qsgd.kernels.triton import probe
 
 SPEEDS = dict.fromkeys(estimate.CODECS, (0.7e-9, 0.4e-9, 1.5e-9))
 
@@ -54,6 +56,22 @@ def test_doctor_knows_the_loopback_trap(tmp_path: Path) -> None:
         finding = doctor._loopback(mtu)
         assert finding.state == state and value in finding.found
     assert doctor._loopback(tmp_path / "none").state == doctor.GOOD
+
+
+def test_doctor_says_which_kernels_serve_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A100 (UUID: GPU-1)'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(program))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for fault, state, found in (("", doctor.GOOD, "Triton"), ("no compiler", doctor.WARNING, "torch operations")):
+        monkeypatch.setattr(probe, "fault_on", lambda device, fault=fault: fault)
+        gpu, kernels = doctor._gpu()
+        assert gpu.found == "NVIDIA A100"
+        assert kernels.state == state and found in kernels.found and fault in kernels.found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor._gpu()[1].state == doctor.WARNING
 
 
 def test_doctor_warns_of_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,15 +51,21 @@ KERNELS: dict[str, dict[str, str]] = {
         "identity": "hvd_qsgd.kernels.tensorflow.plain:IdentityKernels",
         "cast": "hvd_qsgd.kernels.tensorflow.plain:CastKernels",
     },
+    "triton": {
+        "qsgd": "hvd_qsgd.kernels.triton.qsgd:QSGDKernels",
+        "topk": "hvd_qsgd.kernels.triton.topk:TopKKernels",
+        "topk_global": "hvd_qsgd.kernels.triton.topk:TopKKernels",
+        "scaled": "hvd_qsgd.kernels.scaled:TritonKernels",
+    },
 }
-#: Backends whose arrays are NumPy arrays, so that the specification can stand in.
-NUMPY_ARRAYS = ("numpy", "numba")
+#: Whose kernels stand in where a backend has none of its own for a codec: they take the same arrays.
+STAND_INS = {"numba": "numpy", "triton": "torch"}
 
 
 @functools.cache
 def kernels_for(codec: Codec, backend: str) -> Kernels:
-    """The kernels of a codec on a backend: "numpy", "numba" (CPU), "torch" (any torch device) or
-    "tensorflow" (compiled by XLA, over NumPy arrays).
+    """The kernels of a codec on a backend: "numpy", "numba" (CPU), "torch" (any torch device), "triton" (CUDA)
+    or "tensorflow" (compiled by XLA, over NumPy arrays).
 
     Raises:
         ConfigError: no such backend, or it has no kernels for this codec.
@@ -70,8 +76,10 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
         return RowsKernels(codec, kernels_for(codec.inner, backend))
     entry = KERNELS[backend].get(codec.name)
     if entry is None:
-        if backend in NUMPY_ARRAYS:
+        if backend == "numpy":
             return codec
+        if backend in STAND_INS:
+            return kernels_for(codec, STAND_INS[backend])
         raise ConfigError(f"The codec {codec.name!r} has no {backend} kernels; it runs on the CPU only.")
     module, _, name = entry.partition(":")
     return getattr(importlib.import_module(module), name)(codec)
@@ -79,4 +87,13 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
 
 def kernels_of(codec: Codec, array: Any) -> Kernels:
     """The kernels for arrays like this one: a NumPy array or a torch tensor."""
-    return kernels_for(codec, "numba" if isinstance(array, np.ndarray) else "torch")
+    return kernels_for(codec, "numba" if isinstance(array, np.ndarray) else torch_backend(array.device))
+
+
+def torch_backend(device: Any) -> str:
+    """The backend for tensors on a torch device: Triton on a GPU if it works there, else torch operations."""
+    if device.type != "cuda":
+        return "torch"
+    from hvd_qsgd.kernels.triton.probe import works_on
+
+    return "triton" if works_on(device) else "torch"

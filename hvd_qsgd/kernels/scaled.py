@@ -63,3 +63,7 @@ class NumbaKernels(ScaledKernels):
 
 class TorchKernels(ScaledKernels):
     backend = "torch"
+
+
+class TritonKernels(ScaledKernels):
+    backend = "triton"

@@ -16,7 +16,7 @@ import torch
 
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.errors import ExchangeError
-from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels import kernels_for, kernels_of
 from hvd_qsgd.pipeline.direction import Direction
 from hvd_qsgd.pipeline.row_store import RowStore
 
@@ -46,7 +46,7 @@ class Coder:
             payload = np.empty(size, np.uint8)
             return payload[: kernels_for(self.codec, "numba").encode_into(flat.contiguous().numpy(), payload, self.key)]
         on_device = torch.empty(size, dtype=torch.uint8, device=flat.device)
-        used = kernels_for(self.codec, "torch").encode_into(flat.contiguous(), on_device, self.key)
+        used = kernels_of(self.codec, flat).encode_into(flat.contiguous(), on_device, self.key)
         return on_device[:used].cpu().numpy()
 
     def decode(self, payload: np.ndarray, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Coder:
         if device.type == "cpu":
             kernels_for(self.codec, "numba").decode_into(payload, flat.numpy())
         else:
-            kernels_for(self.codec, "torch").decode_into(torch.from_numpy(payload).to(device), flat)
+            kernels_of(self.codec, flat).decode_into(torch.from_numpy(payload).to(device), flat)
         if self.mask is None:
             return flat.view(shape)
         values = torch.zeros(shape, dtype=torch.float32, device=device)

@@ -18,7 +18,7 @@ from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.fusion import Slice
-from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels import kernels_for, torch_backend
 
 #: Collectives of all compressors share one engine: whoever waits moves everybody's exchanges.
 ENGINE = Engine()
@@ -33,7 +33,7 @@ def empty_on(device: torch.device) -> Callable[[int, str], Any]:
 
 def kernels_on(codec: Any, device: torch.device) -> Kernels:
     """The kernels that serve a device."""
-    return kernels_for(codec, "numba" if device.type == "cpu" else "torch")
+    return kernels_for(codec, "numba" if device.type == "cpu" else torch_backend(device))
 
 
 class Agreement:

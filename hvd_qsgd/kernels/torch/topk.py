@@ -22,16 +22,6 @@ from hvd_qsgd.kernels.torch.bits import pack_bits, pack_stream, unpack_bits, unp
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
 
 
-def largest_positions(magnitudes: torch.Tensor, count: int) -> torch.Tensor:
-    """:func:`hvd_qsgd.codecs.topk.largest_positions`."""
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=magnitudes.device)
-    threshold = magnitudes.topk(count, sorted=False).values.min()
-    above = (magnitudes > threshold).nonzero().view(-1)
-    equal = (magnitudes == threshold).nonzero().view(-1)[: count - len(above)]
-    return torch.cat([above, equal]).sort().values
-
-
 def pack_positions(positions: torch.Tensor, length: int, form: int, low_bits: int) -> torch.Tensor:
     """:func:`hvd_qsgd.codecs.topk.pack_positions`."""
     count = len(positions)
@@ -77,7 +67,7 @@ class TopKKernels(Kernels):
             parts = [self._header(NOT_FINITE, 0, 0, x.device)]
         else:
             count = min(self.codec.kept(len(x)), int(magnitudes.count_nonzero()))
-            positions = largest_positions(magnitudes, count)
+            positions = self.largest_positions(magnitudes, count)
             form, low_bits = smallest_form(len(x), count)
             parts = [
                 self._header(form, low_bits, count, x.device),
@@ -105,6 +95,15 @@ class TopKKernels(Kernels):
         kept = out[positions]
         apply(kept, values, mode)
         out[positions] = kept
+
+    def largest_positions(self, magnitudes: torch.Tensor, count: int) -> torch.Tensor:
+        """:func:`hvd_qsgd.codecs.topk.largest_positions`."""
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64, device=magnitudes.device)
+        threshold = magnitudes.topk(count, sorted=False).values.min()
+        above = (magnitudes > threshold).nonzero().view(-1)
+        equal = (magnitudes == threshold).nonzero().view(-1)[: count - len(above)]
+        return torch.cat([above, equal]).sort().values
 
     def _header(self, form: int, low_bits: int, count: int, device: torch.device) -> torch.Tensor:
         return torch.tensor(list(HEADER.pack(form, low_bits, count)), dtype=torch.uint8, device=device)

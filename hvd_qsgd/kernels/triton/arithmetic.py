@@ -1,0 +1,131 @@
+"""What the kernels compute with: each function rounds where the specification rounds.
+
+Scales travel as int32 bit patterns, and pass through memory as bytes, because a payload may
+stand at any address.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hvd_qsgd import random_words
+from hvd_qsgd.codecs import qsgd
+
+FRACTION_BITS = tl.constexpr(qsgd.FRACTION_BITS)
+UNITY = tl.constexpr(1 << qsgd.FRACTION_BITS)
+ABS_MASK = tl.constexpr(int(qsgd.ABS_MASK))
+INFINITY_BITS = tl.constexpr(qsgd.INFINITY_BITS)
+NAN_BITS = tl.constexpr(qsgd.NAN_BITS)
+TINY = tl.constexpr(float(qsgd.TINY))
+LIFT = tl.constexpr(float(1 / qsgd.TINY))
+MULTIPLIER_1 = tl.constexpr(random_words.MULTIPLIER_1)
+MULTIPLIER_2 = tl.constexpr(random_words.MULTIPLIER_2)
+#: Above it float32 has no fractions, so adding it rounds to the nearest whole number, ties to even.
+WHOLE = tl.constexpr(float(2**23))
+WHOLE_MASK = tl.constexpr(2**23 - 1)
+
+
+@triton.jit
+def bits_of(values):  # type: ignore[no-untyped-def]
+    """float32 as int32."""
+    return values.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def random_word(index, key_low, key_high):  # type: ignore[no-untyped-def]
+    """:func:`hvd_qsgd.random_words.words`, all arguments and the result uint32."""
+    h = index + key_low
+    h ^= h >> 16
+    h *= MULTIPLIER_1
+    h ^= h >> 15
+    h += key_high
+    h *= MULTIPLIER_2
+    return h ^ (h >> 15)
+
+
+@triton.jit
+def fraction_of(index, half, first_word, key_low, key_high, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What is added to element ``index`` of a bucket before its fraction is dropped; see ``QSGD._fractions``."""
+    if STOCHASTIC:
+        late = index >= half
+        word = random_word(first_word + tl.where(late, index - half, index).to(tl.uint32), key_low, key_high)
+        return tl.where(late, word >> 16, word & 0xFFFF).to(tl.int32)
+    else:
+        return tl.full(index.shape, UNITY // 2, tl.int32)
+
+
+@triton.jit
+def factors(scales, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the bit patterns of scales: the two factors that make values fixed point, and whether there are such."""
+    usable = (scales > 0) & (scales < INFINITY_BITS)
+    scale = scales.to(tl.float32, bitcast=True)
+    lift = tl.where(scale < TINY, LIFT, 1.0)
+    safe = tl.where(usable, scale * lift, 1.0)
+    return lift, tl.div_rn(tl.full(safe.shape, LEVELS * UNITY, tl.float32), safe), usable
+
+
+@triton.jit
+def round_up(values, fractions, lift, factor, usable, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Levels plus s, int32 in 0..2s."""
+    scaled = values * lift * factor
+    # rint(|scaled|) stands in the mantissa of the sum: |scaled| is at most s * 2^16, below 2^23.
+    whole = bits_of(tl.abs(scaled) + WHOLE) & WHOLE_MASK
+    fixed = tl.where(scaled < 0, -whole, whole)
+    code = (fixed + fractions + (LEVELS * UNITY)) >> FRACTION_BITS
+    return tl.where(usable, code, LEVELS)
+
+
+@triton.jit
+def dequantize(levels, scales, unit):  # type: ignore[no-untyped-def]
+    """:func:`hvd_qsgd.codecs.qsgd.dequantize` of bit patterns of scales; ``unit`` is 1 / largest."""
+    return scales.to(tl.float32, bitcast=True) * (levels.to(tl.float32) * unit)
+
+
+@triton.jit
+def scale_of(magnitudes):  # type: ignore[no-untyped-def]
+    """Bit patterns of scales of those of magnitudes: what is not finite becomes the one NaN."""
+    return tl.where(magnitudes >= INFINITY_BITS, NAN_BITS, magnitudes)
+
+
+@triton.jit
+def bytes_after(starts, columns, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pointers to bytes ``columns`` after ``starts``, which are multiples of 4 if ``ALIGNED``.
+
+    Triton itself looks for multiples of 16, and behind the header of a message, 4 bytes, nothing is one.
+    """
+    pointers = starts + columns
+    if ALIGNED:
+        pointers = tl.multiple_of(pointers, [1, 4])
+    return pointers
+
+
+@triton.jit
+def load_scales(pointer, rows, inside, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 words ``rows`` of little-endian bytes."""
+    byte = tl.arange(0, 4)[None, :]
+    parts = tl.load(bytes_after(pointer + rows[:, None] * 4, byte, ALIGNED), mask=inside[:, None], other=0)
+    return tl.sum(parts.to(tl.int32) << (8 * byte), axis=1)
+
+
+@triton.jit
+def store_scales(pointer, rows, scales, inside):  # type: ignore[no-untyped-def]
+    """The inverse of :func:`load_scales`, at any address."""
+    byte = tl.arange(0, 4)[None, :]
+    tl.store(pointer + rows[:, None] * 4 + byte, (scales[:, None] >> (8 * byte)).to(tl.uint8), mask=inside[:, None])
+
+
+@triton.jit
+def plane_stride(length, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bytes of the plane of a bucket; see :func:`hvd_qsgd.codecs.bits.pack_planes`."""
+    return (length * WIDTH + 7) // 8
+
+
+@triton.jit
+def code_bytes(length, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bytes of all planes of a bucket: :func:`hvd_qsgd.codecs.bits.planes_size`."""
+    size = 0
+    for power in tl.static_range(4):
+        if BITS & (8 >> power):
+            size += plane_stride(length, 8 >> power)
+    return size

@@ -1,0 +1,273 @@
+"""Compile every Triton kernel for GPUs that need not be here, and look at what the compiler made.
+
+    python tools/compile_gpu_kernels.py                      # sm_80, sm_90 and gfx942
+    python tools/compile_gpu_kernels.py --targets sm_90 --json kernels.json
+
+The kernels are those that the package would launch: the launches are recorded and compiled for
+another device. Prints registers, spills, shared memory, the widest loads and stores, and the time
+that moving the bytes of 64 MiB of float32 takes at the memory's bandwidth. Fails if a kernel spills,
+if a load or store that should have 16 bytes has fewer, or if something would change bits: a fused
+multiply-add, flushed subnormals, an approximate division or square root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+
+from hvd_qsgd import QSGD, TopK
+from hvd_qsgd.kernels.triton import qsgd, topk
+from hvd_qsgd.kernels.triton.launch import EXACT, WARPS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Bytes per second of device memory, by the vendors' data sheets: A100 80 GB SXM, H100 SXM, MI300X.
+BANDWIDTH = {"sm_80": 2.04e12, "sm_90": 3.35e12, "gfx942": 5.3e12}
+MIB = 64
+#: What each thread must move 16 bytes at a time, because most bytes are there: not what stands at odd addresses
+#: (lanes, a tail) nor what the order of sums scatters (L2 norms).
+WIDE = {
+    "encode_buckets": "load",
+    "bucket_scales": "load",
+    "decode": "store",
+    "from_lanes": "store",
+    "count_digits": "load",
+    "count_chosen": "load",
+    "write_chosen": "load",
+}
+AMD_WIDTHS = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+CODECS = (QSGD(4), QSGD(7), QSGD(8), QSGD(4, norm="l2"))
+RANKS = 4
+
+
+@dataclass
+class Report:
+    """What the compiler made of one kernel; widths in bytes, counts of instructions in its text."""
+
+    kernel: str
+    what: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    widest_load: int
+    widest_store: int
+    fused: int
+    flushing: int
+    approximate: int
+    bytes_per_element: float
+
+    @property
+    def roofline_ms(self) -> float:
+        return self.bytes_per_element * MIB * 2**18 / BANDWIDTH[self.target] * 1e3
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes")
+        wide = WIDE.get(self.kernel, "") if not self.what.endswith(("tail", "l2 encode")) else ""
+        width = {"load": self.widest_load, "store": self.widest_store}.get(wide, 16)
+        # A wavefront of AMD has twice the threads, and each half of the work.
+        if width < (8 if self.target.startswith("gfx") else 16):
+            found.append(f"{wide}s at most {width} bytes")
+        for count, name in (
+            (self.fused, "fused multiply-adds"),
+            (self.flushing, "instructions that flush subnormals"),
+            (self.approximate, "approximate divisions or roots"),
+        ):
+            if count:
+                found.append(f"{count} {name}")
+        return found
+
+
+class Elsewhere:
+    """As much of a driver as compiling needs: a device that is not here."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_device(self) -> str:
+        return str(self._target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+def compile_for(name: str, codecs: tuple[QSGD, ...] = CODECS, options: dict[str, Any] = EXACT) -> list[Report]:
+    """Reports of all kernels of the codecs, compiled for a target."""
+    triton.runtime.driver.set_active(Elsewhere(TARGETS[name]))
+    reports: list[Report] = []
+    original = qsgd.launch
+    try:
+        for what, moved, work in [job for codec in codecs for job in jobs(codec)] + topk_jobs():
+            qsgd.launch = topk.launch = functools.partial(record, reports, name, what, moved, options)
+            work()
+    finally:
+        qsgd.launch = topk.launch = original
+    return reports
+
+
+def record(
+    reports: list[Report],
+    target: str,
+    what: str,
+    moved: float,
+    options: dict[str, Any],
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor, ...],
+    *numbers: Any,
+    **constants: Any,
+) -> None:
+    """Compile instead of :func:`hvd_qsgd.kernels.triton.launch.launch`."""
+    compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=WARPS, **options, **constants)
+    read = read_nvidia if target.startswith("sm") else read_amd
+    reports.append(Report(kernel.fn.__name__, what, target, bytes_per_element=moved, **read(compiled, target)))
+
+
+def jobs(codec: QSGD) -> list[tuple[str, float, Callable[[], object]]]:
+    """What the kernels of a codec do: name, bytes moved per element, and a call."""
+    length = 64 * codec.bucket_size
+    kernels = qsgd.QSGDKernels(codec)
+    x, size = torch.zeros(length), codec.payload_size(length)
+    # Behind a header of 4 bytes, as in the messages of the exchanges.
+    message = torch.zeros(4 + RANKS * (size + 4), dtype=torch.uint8)[4:]
+    payload = message[:size]
+    scales = torch.zeros(codec.agreement_length(length), dtype=torch.int32)
+    lanes = torch.zeros(codec.lanes_length(length, RANKS), dtype=torch.int32)
+    spans = [(rank * (size + 4), rank * (size + 4) + size) for rank in range(RANKS)]
+    code, lane = size / length, 4 * len(lanes) / length
+    name = f"{codec.bits} bits" + (" l2" if codec.norm == "l2" else "")
+    found: list[tuple[str, float, Callable[[], object]]] = [
+        (f"{name} encode", (8 if codec.norm == "l2" else 4) + code, lambda: kernels.encode_into(x, payload))
+    ]
+    if codec.norm == "l2":
+        return found
+    found += [
+        (f"{name} decode", code + 4, lambda: kernels.decode_into(payload, x)),
+        (f"{name} decode, add", code + 8, lambda: kernels.decode_into(payload, x, "add")),
+        (f"{name} average of {RANKS}", RANKS * code + 4, lambda: kernels.average_into(message, spans, x)),
+    ]
+    if codec.bits == 4:
+        found += [
+            (f"{name} scales", 4.0, lambda: kernels.agree_into(x, scales)),
+            (f"{name} to lanes", 4 + lane, lambda: kernels.to_lanes(x, scales, RANKS, lanes)),
+            (f"{name} from lanes", lane + 4, lambda: kernels.from_lanes(lanes, scales, RANKS, x, RANKS)),
+            # A tail only: the kernel for buckets of any length.
+            (f"{name} tail", 8 + code, lambda: kernels.encode_into(x[:300], payload)),
+        ]
+    return found
+
+
+def topk_jobs() -> list[tuple[str, float, Callable[[], object]]]:
+    """The same for selecting the largest, which reads everything once for each of three digits and twice more."""
+    magnitudes = torch.zeros(2**15, dtype=torch.int32)
+    kernels = topk.TopKKernels(TopK())
+    return [("topk", 4.0, lambda: kernels.largest_positions(magnitudes, 300))]
+
+
+def read_nvidia(compiled: Any, target: str) -> dict[str, int]:
+    """Of the PTX, and of what ptxas says of it."""
+    text = compiled.asm["ptx"]
+    ptxas = get_ptxas(TARGETS[target].arch).path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(text)
+        architecture = re.search(r"\.target (sm_\w+)", text)[1]  # type: ignore[index]
+        command = [ptxas, "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", f"{source}.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    said = done.stderr
+    return {
+        "registers": number(r"Used (\d+) registers", said),
+        "spilled_bytes": number(r"(\d+) bytes spill stores", said) + number(r"(\d+) bytes spill loads", said),
+        "shared_bytes": compiled.metadata.shared,
+        "widest_load": widest(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", text),
+        "widest_store": widest(r"st\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", text),
+        "fused": len(re.findall(r"\sfma\.", text)),
+        "flushing": len(re.findall(r"\.ftz\b", text)),
+        "approximate": len(re.findall(r"\.(?:approx|full)\b", text)),
+    }
+
+
+def read_amd(compiled: Any, target: str) -> dict[str, int]:
+    """Of the assembly; an exact division is made of five fused operations and a fix-up."""
+    text = compiled.asm["amdgcn"]
+    loads, stores = (
+        [AMD_WIDTHS[width] for width in re.findall(rf"(?:buffer|global)_{what}_([a-z]+\d?)", text)]
+        for what in ("load", "store")
+    )
+    spilled = number(r"\.vgpr_spill_count:\s+(\d+)", text) + number(r"\.sgpr_spill_count:\s+(\d+)", text)
+    divisions = len(re.findall(r"v_div_fixup_f32", text))
+    return {
+        "registers": number(r"\.vgpr_count:\s+(\d+)", text),
+        "spilled_bytes": 4 * spilled,
+        "shared_bytes": compiled.metadata.shared,
+        "widest_load": max(loads, default=0),
+        "widest_store": max(stores, default=0),
+        "fused": len(re.findall(r"v_(?:pk_)?(?:fma|fmac|mad|mac)_f32", text)) - 5 * divisions,
+        # 3 keeps the subnormals of inputs and of results.
+        "flushing": len(re.findall(r"\.amdhsa_float_denorm_mode_(?:32|16_64) [0-2]", text)),
+        "approximate": len(re.findall(r"v_rcp_f32|v_sqrt_f32", text)) - divisions,
+    }
+
+
+def number(pattern: str, text: str) -> int:
+    return int(re.search(pattern, text)[1])  # type: ignore[index]
+
+
+def widest(pattern: str, text: str) -> int:
+    """Bytes of the widest of some instructions, from their vector length and bits."""
+    return max((int(count or 1) * int(bits) // 8 for count, bits in re.findall(pattern, text)), default=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--json", type=Path, help="write the reports to a file")
+    arguments = parser.parse_args()
+    reports = [report for target in arguments.targets for report in compile_for(target)]
+    table = Table(title=f"Triton {triton.__version__}")
+    columns = ("target", "kernel", "for", "registers", "spills", "shared", "load", "store", "bytes/element", "ms")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:3] else "right")
+    for r in reports:
+        numbers = (r.registers, r.spilled_bytes, r.shared_bytes, r.widest_load, r.widest_store)
+        roofline = (f"{r.bytes_per_element:.2f}", f"{r.roofline_ms:.3f}")
+        table.add_row(r.target, r.kernel, r.what, *map(str, numbers), *roofline)
+    Console(width=130).print(table)
+    print(f"ms: the least time for {MIB} MiB of float32, at the memory's bandwidth")
+    if arguments.json:
+        rows = [{**dataclasses.asdict(r), "roofline_ms": r.roofline_ms, "faults": r.faults()} for r in reports]
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    faults = [f"{r.target} {r.kernel} ({r.what}): {fault}" for r in reports for fault in r.faults()]
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()
