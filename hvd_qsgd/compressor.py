@@ -18,6 +18,7 @@ from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
 from hvd_qsgd.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.stats import Stats, TensorStats
 
@@ -58,6 +59,7 @@ class CompressorBase:
         min_dims: so do tensors with fewer dimensions (biases, norms).
         seed: of the random rounding; the same seed gives the same run.
         fusion_elements: about how many elements travel in one exchange.
+        monitor: is told what happens; see :class:`hvd_qsgd.observe.Monitor`.
 
     Raises:
         ConfigError: a value is out of range, or error feedback would diverge around this codec.
@@ -68,6 +70,8 @@ class CompressorBase:
     _default: ClassVar[CompressorBase | None] = None
     #: Whether the optimizer's momentum is applied here.
     _moves_momentum: ClassVar[bool] = False
+    #: Whether the framework's compressor tells a monitor when tensors start.
+    _monitored: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class CompressorBase:
         min_dims: int = 2,
         seed: int = 0,
         fusion_elements: int = BUNDLE_ELEMENTS,
+        monitor: Monitor | None = None,
     ) -> None:
         name = type(self).__name__
         self.policy = codec if isinstance(codec, Policy) else Fixed(codec)
@@ -109,6 +114,11 @@ class CompressorBase:
         self._steps: dict[str, int] = {}
         #: What codecs remember of each tensor.
         self._memory: dict[str, dict[str, Any]] = {}
+        self.monitor = monitor
+        if monitor is not None:
+            if not self._monitored:
+                raise ConfigError(f"{name}: monitor= works with torch; with {self.framework} use stats() instead.")
+            monitor.watch(self, self._place)
 
     @classmethod
     def default(cls) -> Self:
@@ -236,6 +246,10 @@ class CompressorBase:
             return "the policy gives it no codec"
         return ""
 
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process and number of ranks, for the monitor."""
+        raise NotImplementedError
+
     def _next_step(self, key: str) -> int:
         step = self._steps[key] = self._steps.get(key, -1) + 1
         return step
@@ -251,9 +265,10 @@ class CompressorBase:
 
     def _record_bypassed(self, key: str, elements: int, element_size: int, ranks: int, reason: str) -> None:
         record = self._record(key, elements, element_size, ranks)
-        record.bypassed = reason
-        record.payload_bytes += elements * element_size
-        record.wire_bytes = record.uncompressed_wire_bytes
+        record.exchange, record.codec, record.bypassed = "", "", reason
+        raw = elements * element_size
+        record.payload_bytes += raw
+        record.wire_bytes += 2 * (ranks - 1) / ranks * raw
 
     def _settle(self, key: str, tensor: Tensor, corrected: Any, mean: Any, kernels: Kernels) -> None:
         """After an exchange: make what it left of ``corrected`` the memory, and show the mean to the policy.
