@@ -38,9 +38,10 @@ root=$1; user=$2; directory=$3; shift 3
 mount --make-rprivate /
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
-for path in /etc/resolv.conf /etc/hosts $BINDS; do
-    if [ -d "$path" ]; then mkdir -p "$root$path"; else mkdir -p "$root${path%/*}"; touch "$root$path"; fi
-    mount --bind "$path" "$root$path"
+for bind in /etc/resolv.conf /etc/hosts $BINDS; do
+    source=${bind%%:*}; place=$root${bind##*:}
+    if [ -d "$source" ]; then mkdir -p "$place"; else mkdir -p "${place%/*}"; touch "$place"; fi
+    mount --bind "$source" "$place"
 done
 exec chroot --userspec="$user" "$root" /usr/bin/env -i -C "$directory" "$@"
 """
@@ -161,7 +162,7 @@ class Builder:
         assignments = [f"{name}={value}" for name, value in variables.items()]
         user = ":".join(map(str, stage.ids(stage.user)))
         enter = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, "sh"]
-        environment = {"PATH": DEFAULT_PATH, "BINDS": " ".join(map(shlex.quote, self.binds))}
+        environment = {"PATH": DEFAULT_PATH, "BINDS": " ".join(self.binds)}
         arguments = [str(stage.root), user, stage.workdir, *assignments, *command]
         return subprocess.run([*enter, *arguments], env=environment, stdin=subprocess.DEVNULL, check=False).returncode
 
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--dockerfile", type=Path, default=Path(__file__).resolve().parent.parent / "Dockerfile")
     parser.add_argument("--target", help="stage to build (default: the last)")
     parser.add_argument("--mirror", help="archive that debootstrap takes Debian from (default: its own)")
-    parser.add_argument("--bind", action="append", default=[], metavar="PATH", help="show this path to all steps")
+    parser.add_argument("--bind", action="append", default=[], metavar="PATH[:PLACE]", help="show to all steps")
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE", help="set an ARG")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="variable for the command")
     parser.add_argument("command", nargs="*", help="after --: what to run in the result (default: its CMD)")
