@@ -13,11 +13,12 @@ def on_config(config: Any) -> Any:
 
 def existing(entries: list[Any], docs: Path) -> list[Any]:
     """The entries, strings or sections of them, whose files are there."""
-    kept = []
+    kept: list[Any] = []
     for entry in entries:
         if isinstance(entry, dict):
-            sections = {title: existing(inner, docs) for title, inner in entry.items()}
-            kept.append({title: inner for title, inner in sections.items() if inner})
+            ((title, inner),) = entry.items()
+            inner = existing(inner, docs)
+            kept += [{title: inner}] if inner else []
         elif (docs / entry).exists():
             kept.append(entry)
     return kept

@@ -2,9 +2,9 @@
 
     python tools/run_dockerfile.py /var/tmp/image --mirror http://MIRROR/debian -- python examples/demo.py
 
-FROM becomes debootstrap, RUN a chroot in namespaces of its own; ARG, ENV, SHELL, USER, WORKDIR, COPY, CMD mean what they
-mean to Docker. What says how a container is run (EXPOSE, HEALTHCHECK, LABEL) changes no file and is passed over. It
-proves that the steps work, not that the image is the same: the base is the suite that the tag names, as it is today.
+FROM becomes debootstrap, RUN a chroot in namespaces of its own; ARG, ENV, SHELL, USER, WORKDIR, COPY, CMD mean what
+they mean to Docker. What says how a container is run (EXPOSE, HEALTHCHECK, LABEL) changes no file and is passed over.
+It proves that the steps work, not that the image is the same: the base is the suite that the tag names, as it is today.
 
 Stages are kept: a stage that is finished is not built again until its directory is removed. Needs Linux, root,
 debootstrap and dockerfile-parse.
