@@ -98,7 +98,7 @@ def test_both_images_run_alike() -> None:
     assert cpu == [step for step in gpu if not (step[0] == "ENV" and "NVIDIA_VISIBLE_DEVICES" in step[1])]
     assert stages_of(FILES[0])["base"] == stages_of(FILES[1])["base"]
     build = " ".join(value for _, value in stages_of("Dockerfile.gpu")["build"])
-    assert "HOROVOD_GPU_OPERATIONS=NCCL" in build and "install(gpu=True)" in build
+    assert "HOROVOD_NCCL_HOME=$NVIDIA/nccl" in build and "install(gpu=True)" in build
 
 
 def test_the_ssh_server_and_the_image_agree() -> None:
