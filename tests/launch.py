@@ -44,7 +44,8 @@ def environment() -> dict[str, str]:
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
         # With more ranks than cores, ranks that wait must not keep the others from working.
         "OMPI_MCA_mpi_yield_when_idle": "1",
-        "OPAL_PREFIX": sys.prefix,
+        # Open MPI from a Python package does not know where it was unpacked; any other does.
+        **({"OPAL_PREFIX": sys.prefix} if Path(sys.prefix, "bin", "mpirun").exists() else {}),
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",

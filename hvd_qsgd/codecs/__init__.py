@@ -71,6 +71,12 @@ def codec_from_config(config: dict[str, Any]) -> Codec:
 
     Raises:
         ConfigError: an unknown codec or field, or a value out of range.
+
+    Examples:
+        >>> QSGD(bits=8).config()
+        {'codec': 'qsgd', 'bits': 8, 'bucket_size': 512, 'norm': 'max', 'rounding': 'stochastic'}
+        >>> codec_from_config(QSGD(bits=8).config()) == QSGD(bits=8)
+        True
     """
     fields = dict(config)
     name = fields.pop("codec", None)

@@ -32,6 +32,11 @@ class MinMax(Codec):
 
     Raises:
         ConfigError: ``bits`` is out of range.
+
+    Examples:
+        >>> codec = MinMax(bits=2)
+        >>> codec.decode(codec.encode(np.array([0.0, 1.2, 2.0, 3.0], np.float32)), (4,)).tolist()
+        [0.0, 1.0, 2.0, 3.0]
     """
 
     bits: int = 8

@@ -46,6 +46,14 @@ class QSGD(Codec):
 
     Raises:
         ConfigError: a value is out of range.
+
+    Examples:
+        >>> codec = QSGD(bits=4, rounding="nearest")
+        >>> payload = codec.encode(np.array([0.4, -7.0, 3.0, 0.0, 1.6, 0.2], np.float32))
+        >>> len(payload)  # a scale of 4 bytes, and 6 codes of 4 bits
+        7
+        >>> codec.decode(payload, (6,)).round().tolist()
+        [0.0, -7.0, 3.0, 0.0, 2.0, 0.0]
     """
 
     bits: int = 4

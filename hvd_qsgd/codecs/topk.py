@@ -42,6 +42,12 @@ class TopK(Codec):
 
     Raises:
         ConfigError: a value is out of range.
+
+    Examples:
+        >>> codec = TopK(k=2)
+        >>> payload = codec.encode(np.array([0.5, -1.0, 0.25, 0.0, 2.0, -0.125], np.float32))
+        >>> codec.decode(payload, (6,)).tolist()
+        [0.0, -1.0, 0.0, 0.0, 2.0, 0.0]
     """
 
     ratio: float | None = 0.01

@@ -16,6 +16,17 @@ def simulate(ranks: Sequence[Steps]) -> None:
 
     Raises:
         ExchangeError: the ranks ask for different collectives, or some end before others.
+
+    Examples:
+        >>> from hvd_qsgd import QSGD
+        >>> from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
+        >>> from hvd_qsgd.kernels import kernels_for
+        >>> kernels = kernels_for(QSGD(bits=8, rounding="nearest"), "numpy")
+        >>> pieces = [Piece("x", np.full(4, value, np.float32), np.empty(4, np.float32)) for value in (1, 2, 6)]
+        >>> jobs = [Job("mean", [piece], kernels, rank, 3, np.empty) for rank, piece in enumerate(pieces)]
+        >>> simulate([EXCHANGES["allgather"](job) for job in jobs])
+        >>> [piece.out.tolist() for piece in pieces] == 3 * [[3.0, 3.0, 3.0, 3.0]]
+        True
     """
     outcomes: list[Any] = [None] * len(ranks)
     while True:

@@ -35,6 +35,14 @@ class Rules(Policy):
     Raises:
         ConfigError: a rule that cannot be read, an unknown codec, no "default"; once the model is
             known, a pattern that fits none of its parameters.
+
+    Examples:
+        >>> rules = Rules({"*.bias": "none", "embed* >= 100000": "topk(0.01)", "default": "qsgd(4)"})
+        >>> rules.codec(Tensor("embed.weight", (50_000, 64)))
+        TopK(ratio=0.01, k=None, values='float32')
+        >>> rules.codec(Tensor("head.weight", (10, 64)))
+        QSGD(bits=4, bucket_size=512, norm='max', rounding='stochastic')
+        >>> rules.codec(Tensor("head.bias", (10,)))
     """
 
     def __init__(self, rules: dict[str, Any]) -> None:
