@@ -14,10 +14,11 @@ from typing_extensions import Concatenate, ParamSpec, Self
 
 from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
 from hvd_qsgd.codecs.base import Kernels, check_integer
-from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
 from hvd_qsgd.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.stats import Stats, TensorStats
 
@@ -58,6 +59,7 @@ class CompressorBase:
         min_dims: so do tensors with fewer dimensions (biases, norms).
         seed: of the random rounding; the same seed gives the same run.
         fusion_elements: about how many elements travel in one exchange.
+        monitor: is told what happens; see :class:`hvd_qsgd.observe.Monitor`.
 
     Raises:
         ConfigError: a value is out of range, or error feedback would diverge around this codec.
@@ -79,6 +81,7 @@ class CompressorBase:
         min_dims: int = 2,
         seed: int = 0,
         fusion_elements: int = BUNDLE_ELEMENTS,
+        monitor: Monitor | None = None,
     ) -> None:
         name = type(self).__name__
         self.policy = codec if isinstance(codec, Policy) else Fixed(codec)
@@ -109,6 +112,9 @@ class CompressorBase:
         self._steps: dict[str, int] = {}
         #: What codecs remember of each tensor.
         self._memory: dict[str, dict[str, Any]] = {}
+        self.monitor = monitor
+        if monitor is not None:
+            monitor.watch(self, self._place)
 
     @classmethod
     def default(cls) -> Self:
@@ -236,6 +242,10 @@ class CompressorBase:
             return "the policy gives it no codec"
         return ""
 
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process and number of ranks, for the monitor."""
+        raise UnsupportedError(f"monitor= does not work with {self.framework} yet; use stats() there.")
+
     def _next_step(self, key: str) -> int:
         step = self._steps[key] = self._steps.get(key, -1) + 1
         return step
@@ -251,9 +261,10 @@ class CompressorBase:
 
     def _record_bypassed(self, key: str, elements: int, element_size: int, ranks: int, reason: str) -> None:
         record = self._record(key, elements, element_size, ranks)
-        record.bypassed = reason
-        record.payload_bytes += elements * element_size
-        record.wire_bytes = record.uncompressed_wire_bytes
+        record.exchange, record.codec, record.bypassed = "", "", reason
+        raw = elements * element_size
+        record.payload_bytes += raw
+        record.wire_bytes += 2 * (ranks - 1) / ranks * raw
 
     def _settle(self, key: str, tensor: Tensor, corrected: Any, mean: Any, kernels: Kernels) -> None:
         """After an exchange: make what it left of ``corrected`` the memory, and show the mean to the policy.

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from hvd_qsgd.collectives.base import Collectives, Handle
@@ -26,11 +27,26 @@ T = TypeVar("T")
 #: long enough to leave the core to Horovod's own thread.
 PAUSE = 100e-6
 
+#: Surrounds what goes on in a task, for profilers: "encode", "wait" or "decode".
+Span = Callable[[str], AbstractContextManager[Any]]
+
+
+def no_span(phase: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
 
 class Task:
-    """One exchange under way on this rank."""
+    """One exchange under way on this rank.
 
-    def __init__(self, steps: Generator[Request, Any, Any], collectives: Collectives) -> None:
+    Attributes:
+        encode_seconds: of computing until the first collective had left.
+        decode_seconds: of computing from then on.
+        wait_seconds: in which somebody waited for this task, and no task had anything to do.
+    """
+
+    def __init__(self, steps: Generator[Request, Any, Any], collectives: Collectives, span: Span = no_span) -> None:
+        self.span = span
+        self.encode_seconds = self.decode_seconds = self.wait_seconds = 0.0
         self._steps = steps
         self._collectives = collectives
         self._handle: Handle | None = None
@@ -38,14 +54,26 @@ class Task:
         self.finished = False
         #: What the exchange returned.
         self.value: Any = None
-        self._resume(None)
+        begin = time.perf_counter()
+        with span("encode"):
+            self._resume(None)
+        self.encode_seconds += time.perf_counter() - begin
 
     def advance(self) -> bool:
         """Go on if the last collective has ended; True if something was done."""
         if self.finished or self._handle is None or not self._handle.done():
             return False
-        self._resume(self._handle)
+        begin = time.perf_counter()
+        with self.span("decode"):
+            self._resume(self._handle)
+        self.decode_seconds += time.perf_counter() - begin
         return True
+
+    def pause(self) -> None:
+        """Wait a moment, for this task's sake."""
+        begin = time.perf_counter()
+        time.sleep(PAUSE)
+        self.wait_seconds += time.perf_counter() - begin
 
     def _resume(self, handle: Handle | None) -> None:
         try:
@@ -69,7 +97,7 @@ def run_exchange(steps: Generator[Request, Any, T], collectives: Collectives) ->
     task = Task(steps, collectives)
     while not task.finished:
         if not task.advance():
-            time.sleep(PAUSE)
+            task.pause()
     if task.error is not None:
         raise task.error
     value: T = task.value
@@ -83,18 +111,20 @@ class Engine:
         self._lock = threading.RLock()
         self._tasks: list[Task] = []
 
-    def submit(self, steps: Steps, collectives: Collectives) -> Task:
+    def submit(self, steps: Steps, collectives: Collectives, span: Span = no_span) -> Task:
         """Start an exchange: encodes and starts its first collective before it returns."""
-        task = Task(steps, collectives)
+        task = Task(steps, collectives, span)
         with self._lock:
             self._tasks.append(task)
         return task
 
     def wait(self, task: Task) -> None:
         """Return when ``task`` has ended; raises what ended it, if it failed."""
-        while not task.finished:
-            if not self._advance():
-                time.sleep(PAUSE)
+        if not task.finished:
+            with task.span("wait"):
+                while not task.finished:
+                    if not self._advance():
+                        task.pause()
         with self._lock:
             self._tasks = [task for task in self._tasks if not task.finished]
         if task.error is not None:

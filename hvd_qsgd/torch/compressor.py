@@ -23,6 +23,7 @@ from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
@@ -41,6 +42,8 @@ class Context:
     flights: list[tuple[Slice, Flight]] = field(default_factory=list)
     #: With error feedback: gradient plus residual, which the exchange turns into the new residual.
     corrected: Any = None
+    #: If what is lost is measured.
+    probe: Probe | None = None
 
 
 @dataclass
@@ -119,6 +122,7 @@ class Compressor(CompressorBase):
         key = site.name if state is None else f"{state.index}/{site.name}"
         if state is not None and self._already_synchronized(site, state):
             return self._carrier(site, tensor), Unchanged(tensor)
+        measures = self.monitor is not None and self.monitor.starts(key)
         reason = self._bypass_reason(site.name, tensor, site.process_set)
         if reason:
             return self._bypass(key, tensor, site, reason)
@@ -140,6 +144,9 @@ class Compressor(CompressorBase):
         bundles = self._bundles(site, tensor) if state is None or state.bundles is None else state.bundles[site.name]
         step = self._next_step(key)
         source = context.corrected if context.corrected is not None else array_of(tensor)
+        if measures:
+            context.probe = Probe(source, own=context.corrected is not None)
+            source = context.probe.x
         owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
         stream = stream_of(self.seed, owner, key)
         memory = self._memory.setdefault(key, {})
@@ -151,7 +158,7 @@ class Compressor(CompressorBase):
                 stream=stream,
                 step=step,
                 first=part.start,
-                keep_error=context.corrected is not None,
+                keep_error=context.corrected is not None or measures,
                 shape=tuple(tensor.shape),
                 memory=memory,
             )
@@ -188,10 +195,9 @@ class Compressor(CompressorBase):
         record = self._record(context.key, context.tensor.numel(), context.tensor.element_size(), ranks)
         for part, flight in context.flights:
             job = flight.wait()
-            piece = flight.pieces[part]
-            record.exchange, record.bypassed = flight.exchange, ""
-            record.payload_bytes += piece.payload_bytes
-            record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
+            flight.count(part, record)
+        if context.probe is not None:
+            context.probe.read(record)
         described = tensor_of(context.site.name, context.tensor)
         self._settle(context.key, described, context.corrected, context.out, job.kernels)
         mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
@@ -233,6 +239,9 @@ class Compressor(CompressorBase):
             return mean.numpy() if tensor.device.type == "cpu" else mean
 
         self.feedback.check(average)
+
+    def _place(self) -> tuple[int, int]:
+        return int(hvd.rank()), int(hvd.size())
 
     @staticmethod
     def _saved(array: Any) -> Any:

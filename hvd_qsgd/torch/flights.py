@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.fusion import Slice
 from hvd_qsgd.kernels import kernels_for, torch_backend
+from hvd_qsgd.stats import TensorStats
 
 #: Collectives of all compressors share one engine: whoever waits moves everybody's exchanges.
 ENGINE = Engine()
@@ -34,6 +36,13 @@ def empty_on(device: torch.device) -> Callable[[int, str], Any]:
 def kernels_on(codec: Any, device: torch.device) -> Kernels:
     """The kernels that serve a device."""
     return kernels_for(codec, "numba" if device.type == "cpu" else torch_backend(device))
+
+
+def profiler_span(phase: str) -> AbstractContextManager[Any]:
+    """A range in the trace of torch's profiler, if one is on."""
+    if not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return torch.profiler.record_function(f"hvd_qsgd.{phase}")
 
 
 class Agreement:
@@ -83,7 +92,7 @@ class Flight:
             empty=bundle.buffers_for(self),
         )
         bundle.open_flight = None
-        self._task = ENGINE.submit(start_exchange(self.exchange, self.job), collectives)
+        self._task = ENGINE.submit(start_exchange(self.exchange, self.job), collectives, profiler_span)
 
     def wait(self) -> Job:
         """The finished job. Starts it if some pieces never came, which is so on all ranks
@@ -93,6 +102,18 @@ class Flight:
         assert self._task is not None and self.job is not None
         ENGINE.wait(self._task)
         return self.job
+
+    def count(self, part: Slice, record: TensorStats) -> None:
+        """Add what one slice of the finished exchange sent, and its share of the time."""
+        assert self._task is not None and self.job is not None
+        piece = self.pieces[part]
+        record.exchange, record.codec, record.bypassed = self.exchange, self.bundle.codec_name, ""
+        record.payload_bytes += piece.payload_bytes
+        record.wire_bytes += self.job.wire_bytes * piece.payload_bytes / self.job.payload_bytes
+        share = len(piece.x) / sum(len(other.x) for other in self.job.pieces)
+        record.encode_seconds += share * self._task.encode_seconds
+        record.wait_seconds += share * self._task.wait_seconds
+        record.decode_seconds += share * self._task.decode_seconds
 
     @property
     def landed(self) -> bool:
@@ -107,6 +128,7 @@ class Bundle:
     ) -> None:
         self.slices = slices
         self.codec = codec
+        self.codec_name = repr(codec)
         self.exchange = exchange
         self.device = device
         self.collectives = HorovodCollectives(process_set)
