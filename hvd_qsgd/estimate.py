@@ -5,15 +5,21 @@ The model is that of ``exchange="auto"`` (:mod:`hvd_qsgd.cost`), on a network th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hvd_qsgd.codecs import QSGD, Codec, TopK
-from hvd_qsgd.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec
+from hvd_qsgd.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec, measure_costs
+from hvd_qsgd.engine import run_exchange
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.job import check_launched
 from hvd_qsgd.kernels import kernels_for
 
 CODECS: dict[str, Codec] = {
@@ -24,6 +30,8 @@ CODECS: dict[str, Codec] = {
 }
 #: Bit/s between which the break-even bandwidth is looked for.
 SLOWEST, FASTEST = 1e6, 1e12
+#: Seconds for an element to encode, decode and send through lanes, of each codec.
+Speeds = dict[str, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Situation:
         latency: seconds for a collective of a few bytes.
         compute: seconds of a step without any communication.
         backward: the part of ``compute`` behind which transfers can hide.
+        slowness: how many times longer a byte takes than the bandwidth says, by collective; 1 where none is given.
 
     Raises:
         ConfigError: a value is out of range.
@@ -48,6 +57,7 @@ class Situation:
     latency: float = 1e-3
     compute: float = 0.0
     backward: float = 0.0
+    slowness: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.parameters < 1 or self.ranks < 2:
@@ -81,12 +91,73 @@ class Prediction:
         return self.speedup > 1 / (1 - MARGIN)
 
 
-def measure_codecs() -> dict[str, tuple[float, float, float]]:
+def measure_codecs() -> Speeds:
     """Seconds for an element to encode, decode and send through lanes, of each codec, on this machine's CPU."""
     return {name: measure_codec(kernels_for(codec, "numba"), np.empty) for name, codec in CODECS.items()}
 
 
-def predict(situation: Situation, speeds: dict[str, tuple[float, float, float]]) -> list[Prediction]:
+def measure_job(parameters: int, compute: float = 0.0, backward: float = 0.0) -> tuple[int, Situation, Speeds]:
+    """This process's rank, and what was measured between the ranks of its job; call it on all of them.
+
+    The bandwidth is that of an allreduce of some MB, and codecs are as fast as on the slowest rank, with all ranks
+    encoding at once. The other arguments are those of :class:`Situation`.
+
+    Raises:
+        SetupError: this process was not started by a launcher.
+    """
+    check_launched("hvd-qsgd estimate --measure")
+    import horovod.torch as hvd
+
+    from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
+
+    hvd.init()
+    collectives = HorovodCollectives()
+    measured = {
+        name: run_exchange(
+            measure_costs(kernels_for(codec, "numba"), collectives.ranks, np.empty, f"estimate.{name}"), collectives
+        )
+        for name, codec in CODECS.items()
+    }
+    byte = {name: statistics.median(costs.byte[name] for costs in measured.values()) for name in COLLECTIVES}
+    latency = statistics.median(costs.start for costs in measured.values())
+    slowness = {name: seconds / byte["allreduce"] for name, seconds in byte.items()}
+    ranks = collectives.ranks
+    situation = Situation(parameters, ranks, 8 / byte["allreduce"], latency, compute, backward, slowness)
+    return collectives.rank, situation, {name: (c.encode, c.decode, c.lanes) for name, c in measured.items()}
+
+
+def count_parameters(path: str) -> int:
+    """The number of trainable values of a torch module or Keras model, given as "package.module:name".
+
+    The name stands for the model, or for a class or function that makes it without arguments.
+
+    Raises:
+        ConfigError: it cannot be imported or made, or is no model.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ConfigError(f"--model {path!r} must be package.module:name, such as torchvision.models:resnet50.")
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        made: Any = found() if isinstance(found, type) or not _parts(found) else found
+    except Exception as error:  # whatever a module that is not ours may raise
+        raise ConfigError(f"--model {path!r} cannot be imported or made: {type(error).__name__}: {error}") from None
+    parts = _parts(made)
+    if not parts:
+        raise ConfigError(f"--model {path!r} is {made!r:.80}, and neither a torch module nor a built Keras model.")
+    return sum(math.prod(part.shape) for part in parts)
+
+
+def _parts(model: Any) -> list[Any]:
+    """Trainable parameters of a torch module, or variables of a Keras model."""
+    if callable(getattr(model, "parameters", None)) and not isinstance(model, type):
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(getattr(model, "trainable_variables", ())) if not isinstance(model, type) else []
+
+
+def predict(situation: Situation, speeds: Speeds) -> list[Prediction]:
     """Uncompressed, half precision and every codec at its best exchange, in this order."""
     base = situation.compute + _uncompressed(situation, 1.0)
     half = situation.compute + _uncompressed(situation, 0.5)
@@ -105,8 +176,9 @@ def predict(situation: Situation, speeds: dict[str, tuple[float, float, float]])
 
 
 def costs(situation: Situation, speeds: tuple[float, float, float]) -> Costs:
-    """The cost model of a network that is used fully."""
-    return Costs(situation.latency, 0.0, dict.fromkeys(COLLECTIVES, 8 / situation.bandwidth), *speeds)
+    """The cost model of a situation."""
+    byte = {name: situation.slowness.get(name, 1.0) * 8 / situation.bandwidth for name in COLLECTIVES}
+    return Costs(situation.latency, 0.0, byte, *speeds)
 
 
 def _decide(situation: Situation, codec: Codec, speeds: tuple[float, float, float]) -> Any:

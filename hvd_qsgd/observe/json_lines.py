@@ -51,6 +51,8 @@ def finite(value: Any) -> Any:
     """The value with None in place of the numbers that JSON does not know."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

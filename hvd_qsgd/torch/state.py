@@ -69,7 +69,7 @@ def load(compressor: Compressor, directory: str | Path, resize: str = "error") -
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise ConfigError(f"{directory} lacks {missing[0]} and so the residuals of that rank; save on every rank.")
-    states = [_read(paths[hvd.rank()])] if ranks == hvd.size() else [_read(path) for path in paths]
+    states = [read_state(paths[hvd.rank()])] if ranks == hvd.size() else [read_state(path) for path in paths]
     _continue(compressor, states, ranks, resize)
 
 
@@ -150,12 +150,21 @@ def _join(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return {key: _join(part, tensors) for key, part in plain["mapping"].items()}
 
 
-def _read(path: Path) -> State:
-    from safetensors import safe_open
+def read_state(path: Path) -> State:
+    """What one rank saved to one file.
 
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    Raises:
+        ConfigError: the file is damaged or something else, or the package safetensors is not installed.
+    """
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged, or no file of safetensors: {error}") from None
     if "hvd_qsgd" not in metadata:
         raise ConfigError(f"{path} was not written by hvd_qsgd.torch.state.save.")
     state: State = _join(json.loads(metadata["hvd_qsgd"]), tensors)

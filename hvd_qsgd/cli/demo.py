@@ -1,0 +1,42 @@
+"""``hvd-qsgd demo``: the example that comes with the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import typer
+
+from hvd_qsgd.cli.output import AS_JSON
+
+#: The repository's ``examples``, which are in the wheel as well.
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("demo")(demo)
+
+
+def demo(
+    ranks: int = typer.Option(2, "--ranks", "-n", help="Processes on this computer."),
+    epochs: int = typer.Option(10, "--epochs", help="Of each training."),
+    launcher: str = typer.Option("mpi", "--launcher", help="mpi or gloo."),
+    output: Path = typer.Option(Path("demo.png"), "--output", "-o", help="The plot."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Train a small network on digits uncompressed, with 4 bits and with TopK; compare accuracy and bytes sent.
+
+    Takes some minutes, and the packages of pip install 'hvd-qsgd[torch,demo]'.
+    """
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--ranks", str(ranks), "--epochs", str(epochs)]
+    command += ["--launcher", launcher, "--output", str(output)]
+    if not as_json:
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
+    with tempfile.TemporaryDirectory() as directory:
+        numbers = Path(directory, "demo.json")
+        status = subprocess.run([*command, "--json", str(numbers)], stdout=sys.stderr, check=False).returncode
+        if status:
+            raise typer.Exit(status)
+        typer.echo(numbers.read_text())

@@ -1,0 +1,112 @@
+"""``hvd-qsgd estimate`` and ``hvd-qsgd bench``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hvd_qsgd.cli.output import AS_JSON, print_json
+
+
+def register(app: typer.Typer) -> None:
+    app.command("estimate")(estimate)
+    app.command("bench")(bench)
+
+
+def estimate(
+    parameters: Optional[float] = typer.Option(None, "--parameters", "-p", help="Number of parameters, such as 25e6."),
+    model: Optional[str] = typer.Option(
+        None, "--model", help="In place of it: a torch module or Keras model, or what makes it: package.module:name."
+    ),
+    ranks: Optional[int] = typer.Option(None, "--ranks", "-n", help="Number of ranks."),
+    bandwidth: Optional[float] = typer.Option(None, "--gbit", "-b", help="Gbit/s that a rank can send."),
+    latency: float = typer.Option(1.0, "--latency", help="Milliseconds of a small collective, with Horovod's cycle."),
+    compute: float = typer.Option(0.0, "--step", help="Milliseconds of a step without communication."),
+    backward: Optional[float] = typer.Option(
+        None, "--backward", help="Milliseconds of it that can hide transfers; by default two thirds."
+    ),
+    measure: bool = typer.Option(
+        False,
+        "--measure",
+        help="Measure ranks, bandwidth and latency: horovodrun -np 4 hvd-qsgd estimate --measure ...",
+    ),
+    as_json: bool = AS_JSON,
+) -> None:
+    """Will compression help? Predicts step times; the codecs are timed on this machine, one thread."""
+    from hvd_qsgd import estimate
+
+    if (parameters is None) == (model is None):
+        raise typer.BadParameter("give one of both", param_hint="--parameters or --model")
+    count = int(parameters) if parameters is not None else estimate.count_parameters(str(model))
+    times = {"compute": compute / 1e3, "backward": (compute * 2 / 3 if backward is None else backward) / 1e3}
+    if measure:
+        if ranks is not None or bandwidth is not None:
+            raise typer.BadParameter("leave out --ranks and --gbit, which are measured", param_hint="--measure")
+        rank, situation, speeds = estimate.measure_job(count, **times)
+        if rank:
+            return
+    else:
+        if ranks is None or bandwidth is None:
+            raise typer.BadParameter("give both, or --measure under horovodrun", param_hint="--ranks and --gbit")
+        situation = estimate.Situation(count, ranks, bandwidth * 1e9, latency / 1e3, **times)
+        speeds = estimate.measure_codecs()
+    predictions = estimate.predict(situation, speeds)
+    if as_json:
+        print_json([dataclasses.asdict(p) | {"pays": p.pays} for p in predictions])
+        return
+    console = Console()
+    console.print(
+        f"{situation.parameters:,} parameters, {situation.ranks} ranks, {situation.bandwidth / 1e9:.3g} Gbit/s, "
+        f"{situation.latency * 1e3:.3g} ms for a small collective{', as measured' if measure else ''}"
+    )
+    table = Table("method", "exchange", "step, ms", "times faster", "pays up to")
+    for p in predictions:
+        limit = "any bandwidth" if math.isinf(p.break_even) else f"{p.break_even / 1e9:.3g} Gbit/s"
+        limit = limit if p.break_even else "never" if p.exchange else ""
+        table.add_row(p.method, p.exchange, f"{p.seconds * 1e3:.1f}", f"{p.speedup:.2f}", limit)
+    console.print(table)
+    best = max(predictions, key=lambda p: p.speedup)
+    if best.pays and best.exchange:
+        console.print(f"Yes: {best.method} makes steps {best.speedup:.2f} times faster.")
+    elif best.pays:
+        console.print(f"Rather not: {best.method} does as well, without this package.")
+    else:
+        console.print("No: gradients are not what your steps wait for. Nothing would be gained.")
+
+
+def bench(
+    exchange: bool = typer.Option(
+        False, "--exchange", help="Time allreduces between ranks: horovodrun -np 2 hvd-qsgd bench --exchange"
+    ),
+    elements: float = typer.Option(4e6, "--elements", help="Of the tensor that --exchange reduces, float32."),
+    repeats: int = typer.Option(5, "--repeats", min=1, help="Of each measurement of --exchange; the median is shown."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """How fast is this machine? Codecs, one thread; with --exchange whole allreduces between ranks."""
+    from hvd_qsgd import bench
+
+    if exchange:
+        rank, times = bench.exchange_times(int(elements), repeats)
+        if rank:
+            return
+        rows = [dataclasses.asdict(row) for row in times]
+        table = Table("method", "ms", "times faster", "MB sent", title=f"{int(elements):,} values of float32")
+        for t in times:
+            table.add_row(
+                t.method, f"{t.seconds * 1e3:.2f}", f"{times[0].seconds / t.seconds:.2f}", f"{t.sent / 1e6:.2f}"
+            )
+    else:
+        speeds = bench.codec_speeds()
+        rows = [dataclasses.asdict(row) for row in speeds]
+        table = Table("codec", "times smaller", "encode, GB/s", "decode, GB/s", title="float32 read or made a second")
+        for s in speeds:
+            table.add_row(s.codec, f"{s.ratio:.1f}", f"{s.encode / 1e9:.2f}", f"{s.decode / 1e9:.2f}")
+    if as_json:
+        print_json(rows)
+    else:
+        Console().print(table)
