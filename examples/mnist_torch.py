@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from hvd_qsgd.observe import JsonLines, Monitor
 from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
 
 BATCH_SIZE = 50  # of one worker
@@ -27,12 +28,14 @@ LEARNING_RATE = 0.04  # of one worker
 MOMENTUM = 0.5
 
 
-def make_compression(name: str, bits: int = 4, ratio: float = 0.01, seed: int = 0) -> Any:
+def make_compression(
+    name: str, bits: int = 4, ratio: float = 0.01, seed: int = 0, monitor: Monitor | None = None
+) -> Any:
     """What to pass as compression= to Horovod."""
     if name == "qsgd":
-        return QSGDCompressor(bits=bits, seed=seed)
+        return QSGDCompressor(bits=bits, seed=seed, monitor=monitor)
     if name == "topk":
-        return TopKCompressor(ratio=ratio, seed=seed)
+        return TopKCompressor(ratio=ratio, seed=seed, monitor=monitor)
     return hvd.Compression.fp16 if name == "fp16" else hvd.Compression.none
 
 
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write losses and bytes of all steps here")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="write records for `hvd-qsgd report` here")
     arguments = parser.parse_args()
 
     hvd.init()
@@ -119,7 +123,8 @@ def main() -> None:
         if hvd.rank() == 0:
             print(f"epoch {epoch:2}: loss {loss:.4f}, accuracy {accuracy:.1%}, sent {sent / 1e6:.2f} MB", flush=True)
 
-    compression = make_compression(arguments.compression, arguments.bits, arguments.ratio, arguments.seed)
+    monitor = Monitor(JsonLines(arguments.records), every=10) if arguments.records else None
+    compression = make_compression(arguments.compression, arguments.bits, arguments.ratio, arguments.seed, monitor)
     result = train(compression, arguments.epochs, arguments.seed, print_epoch)
     if arguments.json and hvd.rank() == 0:
         arguments.json.write_text(json.dumps(result))

@@ -14,7 +14,7 @@ from typing_extensions import Concatenate, ParamSpec, Self
 
 from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
 from hvd_qsgd.codecs.base import Kernels, check_integer
-from hvd_qsgd.errors import ConfigError, UnsupportedError
+from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
 from hvd_qsgd.fusion import BUNDLE_ELEMENTS
@@ -70,6 +70,8 @@ class CompressorBase:
     _default: ClassVar[CompressorBase | None] = None
     #: Whether the optimizer's momentum is applied here.
     _moves_momentum: ClassVar[bool] = False
+    #: Whether the framework's compressor tells a monitor when tensors start.
+    _monitored: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -114,6 +116,8 @@ class CompressorBase:
         self._memory: dict[str, dict[str, Any]] = {}
         self.monitor = monitor
         if monitor is not None:
+            if not self._monitored:
+                raise ConfigError(f"{name}: monitor= works with torch; with {self.framework} use stats() instead.")
             monitor.watch(self, self._place)
 
     @classmethod
@@ -244,7 +248,7 @@ class CompressorBase:
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process and number of ranks, for the monitor."""
-        raise UnsupportedError(f"monitor= does not work with {self.framework} yet; use stats() there.")
+        raise NotImplementedError
 
     def _next_step(self, key: str) -> int:
         step = self._steps[key] = self._steps.get(key, -1) + 1

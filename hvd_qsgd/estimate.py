@@ -138,10 +138,10 @@ def count_parameters(path: str) -> int:
     if not module or not name:
         raise ConfigError(f"--model {path!r} must be package.module:name, such as torchvision.models:resnet50.")
     try:
-        found = importlib.import_module(module)
+        found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-        made: Any = found() if isinstance(found, type) or not _parts(found) else found
+        made = found if _parts(found) else found()
     except Exception as error:  # whatever a module that is not ours may raise
         raise ConfigError(f"--model {path!r} cannot be imported or made: {type(error).__name__}: {error}") from None
     parts = _parts(made)

@@ -43,17 +43,17 @@ def estimate(
     if (parameters is None) == (model is None):
         raise typer.BadParameter("give one of both", param_hint="--parameters or --model")
     count = int(parameters) if parameters is not None else estimate.count_parameters(str(model))
-    times = {"compute": compute / 1e3, "backward": (compute * 2 / 3 if backward is None else backward) / 1e3}
+    hidden = (compute * 2 / 3 if backward is None else backward) / 1e3
     if measure:
         if ranks is not None or bandwidth is not None:
             raise typer.BadParameter("leave out --ranks and --gbit, which are measured", param_hint="--measure")
-        rank, situation, speeds = estimate.measure_job(count, **times)
+        rank, situation, speeds = estimate.measure_job(count, compute / 1e3, hidden)
         if rank:
             return
     else:
         if ranks is None or bandwidth is None:
             raise typer.BadParameter("give both, or --measure under horovodrun", param_hint="--ranks and --gbit")
-        situation = estimate.Situation(count, ranks, bandwidth * 1e9, latency / 1e3, **times)
+        situation = estimate.Situation(count, ranks, bandwidth * 1e9, latency / 1e3, compute / 1e3, hidden)
         speeds = estimate.measure_codecs()
     predictions = estimate.predict(situation, speeds)
     if as_json:

@@ -24,10 +24,13 @@ dl div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .8rem; }
 dt { color: #555; font-size: 85%; } dd { margin: 0; font-size: 140%; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; } figcaption { color: #555; font-size: 90%; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th { position: sticky; top: 0; background: #f4f4f4; } .text { text-align: left; white-space: normal; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th { background: #f4f4f4; white-space: normal; vertical-align: bottom; }
+.text { text-align: left; } td.text:last-child { white-space: normal; min-width: 17rem; }
 """
+PHASES = ("encode", "wait", "decode")
 #: Of the table of tensors.
 HEADERS = (
     ("text", "tensor"),
@@ -36,8 +39,8 @@ HEADERS = (
     ("", "sent, MB"),
     ("", "payload, times smaller"),
     ("", "encode, ms a step"),
-    ("", "wait"),
-    ("", "decode"),
+    ("", "wait, ms a step"),
+    ("", "decode, ms a step"),
     ("", "relative error"),
     ("", "residual norm"),
     ("text", "how"),
@@ -69,6 +72,11 @@ def make_report(files: Sequence[str | Path]) -> str:
     )
 
 
+def steady(records: list[Record]) -> list[Record]:
+    """The records whose times count: without the first, in which kernels may be compiled, if there are more."""
+    return records[1:] or records
+
+
 def total_of(records: list[Record], tensor: str | None = None) -> Record:
     """The counts of some records added up, of one tensor or of all; of all else the last."""
     parts = records if tensor is None else [r["tensors"][tensor] for r in records if tensor in r["tensors"]]
@@ -83,8 +91,9 @@ def total_of(records: list[Record], tensor: str | None = None) -> Record:
 
 def _summary(label: str, records: list[Record]) -> str:
     last, total = records[-1], total_of(records)
-    steps = sum(r["steps"] for r in records)
-    seconds = sum(r["seconds"] for r in records)
+    timed = total_of(steady(records))
+    steps = sum(r["steps"] for r in steady(records))
+    seconds = sum(r["seconds"] for r in steady(records))
     sent, plain = total["wire_bytes"], total["uncompressed_wire_bytes"]
     entries = {
         "steps": f"{last['step']:,}",
@@ -92,9 +101,9 @@ def _summary(label: str, records: list[Record]) -> str:
         "uncompressed": _megabytes(plain),
         "times fewer bytes": f"{plain / sent:.1f}" if sent else "",
         "a step": f"{seconds / steps * 1e3:.1f} ms",
-        "encode": f"{total['encode_seconds'] / steps * 1e3:.1f} ms",
-        "wait": f"{total['wait_seconds'] / steps * 1e3:.1f} ms",
-        "decode": f"{total['decode_seconds'] / steps * 1e3:.1f} ms",
+        "encode": f"{timed['encode_seconds'] / steps * 1e3:.1f} ms",
+        "wait": f"{timed['wait_seconds'] / steps * 1e3:.1f} ms",
+        "decode": f"{timed['decode_seconds'] / steps * 1e3:.1f} ms",
         "last relative error": _number(total["relative_error"]),
         "last residual norm": _number(total["residual_norm"]),
     }
@@ -111,13 +120,16 @@ def _summary(label: str, records: list[Record]) -> str:
 
 
 def _table(label: str, records: list[Record]) -> str:
-    steps = sum(r["steps"] for r in records)
+    timed = steady(records)
+    steps = sum(r["steps"] for r in timed)
     names = list(dict.fromkeys(name for r in records for name in r["tensors"]))
     totals = {name: total_of(records, name) for name in names}
     head = "".join(f'<th class="{kind}">{escape(text)}</th>' for kind, text in HEADERS)
     rows = []
     for name in sorted(names, key=lambda name: -totals[name]["wire_bytes"]):
         t = totals[name]
+        parts = [r["tensors"][name] for r in timed if name in r["tensors"]]
+        times = [sum(part[f"{phase}_seconds"] for part in parts) for phase in PHASES]
         how = f"not compressed: {t['bypassed']}" if t["bypassed"] else f"{t['exchange']}, {t['codec']}"
         cells = (
             name,
@@ -125,7 +137,7 @@ def _table(label: str, records: list[Record]) -> str:
             f"{t['exchanges']:,}",
             f"{t['wire_bytes'] / 1e6:,.3f}",
             f"{t['raw_bytes'] / t['payload_bytes']:.1f}" if t["payload_bytes"] else "",
-            *(f"{t[f'{phase}_seconds'] / steps * 1e3:.3f}" for phase in ("encode", "wait", "decode")),
+            *("" if t["bypassed"] else f"{seconds / steps * 1e3:.3f}" for seconds in times),
             _number(t["relative_error"]),
             _number(t["residual_norm"]),
             how,

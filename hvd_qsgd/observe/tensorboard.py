@@ -23,7 +23,7 @@ class TensorBoard:
 
     def __init__(self, where: str | Path | Any, tensors: bool = True) -> None:
         self._own = isinstance(where, (str, Path))
-        self._writer = _writer(where) if self._own else where
+        self._writer: Any = _writer(where) if isinstance(where, (str, Path)) else where
         self._tensors = tensors
 
     def write(self, record: Record) -> None:

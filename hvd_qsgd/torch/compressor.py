@@ -90,6 +90,7 @@ class Compressor(CompressorBase):
     """
 
     framework = "torch"
+    _monitored = True
 
     def __init__(self, codec: Codec | Policy, **settings: Any) -> None:
         super().__init__(codec, **settings)

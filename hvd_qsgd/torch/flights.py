@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 
 from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.buffers import Buffers
@@ -40,7 +41,7 @@ def kernels_on(codec: Any, device: torch.device) -> Kernels:
 
 def profiler_span(phase: str) -> AbstractContextManager[Any]:
     """A range in the trace of torch's profiler, if one is on."""
-    if not torch.autograd._profiler_enabled():
+    if not _profiler_enabled():
         return nullcontext()
     return torch.profiler.record_function(f"hvd_qsgd.{phase}")
 
