@@ -1,21 +1,26 @@
-"""``hvd-qsgd doctor`` and ``hvd-qsgd estimate``."""
+"""The commands of ``hvd-qsgd``, as a user runs them."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from launch import ROOT, environment
+from launch import ROOT, environment, launch
 from typer.testing import CliRunner
 
-from hvd_qsgd import ConfigError, doctor, estimate
+from hvd_qsgd import QSGD, ConfigError, HvdQsgdError, doctor, estimate
 from hvd_qsgd.cli import app
 from hvd_qsgd.kernels.triton import probe
+from hvd_qsgd.inspecting import inspect_file
+from hvd_qsgd.observe import JsonLines, Record
+from hvd_qsgd.stats import Stats, TensorStats
 
 SPEEDS = dict.fromkeys(estimate.CODECS, (0.7e-9, 0.4e-9, 1.5e-9))
 
@@ -124,4 +129,123 @@ def test_the_command_says_yes_and_no() -> None:
 
 def test_help_lists_the_commands() -> None:
     text = hvd_qsgd("--help")
-    assert all(name in text for name in ("doctor", "estimate", "install-horovod"))
+    commands = ("doctor", "estimate", "install-horovod", "bench", "demo", "inspect", "report")
+    assert all(name in text for name in (*commands, "Exit status"))
+
+
+def test_estimates_of_a_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 3 * 4 + 4, and only what is trained.
+    (tmp_path / "some_model.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(3, 4)\n"
+        "model = make()\nmodel.bias.requires_grad_(False)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert estimate.count_parameters("some_model:make") == 16
+    assert estimate.count_parameters("some_model:model") == 12
+    for wrong in ("some_model", "some_model:nothing", "no_such_module:x", "json:loads", "builtins:dict"):
+        with pytest.raises(ConfigError, match="--model"):
+            estimate.count_parameters(wrong)
+
+
+# -- between ranks ------------------------------------------------------------------------------------
+
+
+def ranks(*arguments: str) -> Any:
+    """The JSON that the first of two ranks prints."""
+    outcome = launch(["-m", "hvd_qsgd", *arguments, "--json"], 2)
+    assert outcome.status == 0, outcome.output
+    # mpirun tags each piece of output, and the other rank prints nothing.
+    text = "".join(
+        re.sub(r"\[1,0\]<stdout>:", "", line) for line in outcome.output.splitlines() if "[1,0]<stdout>" in line
+    )
+    return json.loads(text)
+
+
+def test_measured_estimates_and_exchanges() -> None:
+    rows = ranks("estimate", "--measure", "-p", "1e6")
+    assert [row["method"] for row in rows][:2] == ["Horovod, uncompressed", "hvd.Compression.fp16"]
+    assert all(row["seconds"] > 0 for row in rows)
+    times = ranks("bench", "--exchange", "--elements", "2e5", "--repeats", "1")
+    sent = {row["method"]: row["sent"] for row in times}
+    assert sent["Horovod, uncompressed"] == 8e5 and 7.5 < 8e5 / sent["QSGD, 4 bits"] < 8
+
+
+def test_measuring_needs_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["estimate", "--measure", "-p", "1e6"], ["bench", "--exchange"]):
+        assert "horovodrun -np" in hvd_qsgd(*arguments, status=1)
+    for wrong in (["estimate", "-p", "1e6"], ["estimate", "-n", "2", "-b", "1"], ["bench", "--repeats", "0"]):
+        hvd_qsgd(*wrong, status=2)
+
+
+# -- bench, demo, inspect, report ------------------------------------------------------------------
+
+
+def test_bench_lists_codecs() -> None:
+    rows = json.loads(hvd_qsgd("bench", "--json"))
+    assert rows[0] == {"codec": "memcpy", "ratio": 1.0, "encode": rows[0]["encode"], "decode": rows[0]["encode"]}
+    assert next(row for row in rows if row["codec"] == "QSGD, 4 bits")["ratio"] == pytest.approx(7.88, abs=0.01)
+
+
+def test_the_demo_comes_with_the_package() -> None:
+    """Its run is tested with the examples; here, that the command finds it and hands on what it says."""
+    assert "must be 2 or more" in hvd_qsgd("demo", "--ranks", "1", status=2)
+
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def test_inspect_a_payload() -> None:
+    name = GOLDEN / "qsgd_4bit_second_part"
+    elements = str(np.load(f"{name}.npy").size)
+    found = json.loads(hvd_qsgd("inspect", f"{name}.bin", "--config", f"{name}.json", "--elements", elements, "--json"))
+    decoded = QSGD(4, 64).decode(np.fromfile(f"{name}.bin", np.uint8), int(elements))
+    assert found["kind"] == "payload" and found["facts"]["norm"] == pytest.approx(float(np.linalg.norm(decoded)))
+    assert found["facts"]["largest"] == float(decoded.max())
+
+
+def test_inspect_says_what_is_wrong(tmp_path: Path) -> None:
+    payload, junk = f"{GOLDEN / 'qsgd_4bit_second_part'}.bin", tmp_path / "junk.pt"
+    junk.write_bytes(b"nothing")
+    for arguments, why in (
+        ([payload, "--config", '{"codec": "qsgd"}', "--elements", "7"], "bytes, but"),
+        ([payload, "--config", '{"codec": "none"}', "--elements", "7"], "Unknown codec"),
+        ([payload, "--config", "{", "--elements", "7"], "no JSON"),
+        ([payload], "For a payload give --config"),
+        ([str(junk)], "cannot read"),
+        (["nowhere.pt"], "There is no file"),
+    ):
+        result = CliRunner().invoke(app, ["inspect", *arguments])
+        assert isinstance(result.exception, HvdQsgdError) and why in str(result.exception), arguments
+    assert "There is no file" in hvd_qsgd("inspect", "nowhere.pt", status=1)
+
+
+def test_inspect_a_checkpoint(tmp_path: Path) -> None:
+    import torch
+
+    residual = torch.arange(6.0)
+    state = {"version": 2, "config": {"codec": "topk"}, "arrays": {"residual/0/w": residual}, "steps": {"0/w": 41}}
+    torch.save({"model": {}, "compression": {"ranks": 1, "states": [state]}}, tmp_path / "checkpoint.pt")
+    found = json.loads(hvd_qsgd("inspect", str(tmp_path / "checkpoint.pt"), "--json"))
+    (row,) = found["rows"]
+    assert (row["where"], row["array"], row["elements"]) == ("compression/states/0", "residual/0/w", 6)
+    assert row["norm"] == pytest.approx(float(residual.norm())) and found["facts"]["steps"] == "42 to 42"
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match="holds no state"):
+        inspect_file(tmp_path / "other.pt")
+
+
+def test_report_and_inspect_of_records(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "run.jsonl")
+    stats = Stats({"0/w": TensorStats(1000, 10, 40_000, 5000, 5000.0, 40_000.0, exchange="allgather")})
+    sink.write(Record(1e9, 10, 10, 2.0, 0, 2, "QSGDCompressor()", stats))
+    sink.close()
+    page = tmp_path / "page.html"
+    told = json.loads(hvd_qsgd("report", str(tmp_path / "run.jsonl"), "-o", str(page), "--json"))
+    assert told["runs"][str(tmp_path / "run.jsonl")]["wire_bytes"] == 5000 and "0/w" in page.read_text()
+    found = json.loads(hvd_qsgd("inspect", str(tmp_path / "run.jsonl"), "--json"))
+    assert found["facts"]["times fewer bytes"] == 8 and found["rows"][0]["tensor"] == "0/w"
+    assert "No such file" in hvd_qsgd("report", str(tmp_path / "none.jsonl"), status=1)
+
+
+def test_shell_completion() -> None:
+    assert "complete" in hvd_qsgd("--show-completion", "bash", status=0)

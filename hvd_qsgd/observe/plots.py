@@ -43,9 +43,7 @@ def _bytes(runs: Sequence[tuple[str, list[Record]]]) -> Plot:
         axes.plot(steps, [r["wire_bytes"] / r["steps"] / 1e6 for r in records], ".-", color=color, label=label)
         plain = [r["uncompressed_wire_bytes"] / r["steps"] / 1e6 for r in records]
         axes.plot(steps, plain, "--", color=color, alpha=0.6, label=f"{label}, uncompressed")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    _log_scale(axes)
     return Plot("Bytes", "What was sent in a step, and what plain Horovod would have sent (dashed).", _svg(figure))
 
 
@@ -97,10 +95,23 @@ def _norms(runs: Sequence[tuple[str, list[Record]]], attribute: str, title: str,
         points = [(step, value) for step, value in points if value is not None]
         axes.plot([step for step, _ in points], [value for _, value in points], color=GREY, alpha=0.35, linewidth=0.7)
     for color, (label, records) in zip(_colors(), measured):
-        values = [r[attribute] for r in records]
-        axes.plot([r["step"] for r in records], values, ".-", color=color, label=f"{label}, all tensors", linewidth=2)
+        if records:
+            values = [r[attribute] for r in records]
+            axes.plot(
+                [r["step"] for r in records], values, ".-", color=color, label=f"{label}, all tensors", linewidth=2
+            )
     axes.set_ylim(bottom=0)
     return Plot(title, text, _svg(figure))
+
+
+def _log_scale(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _colors() -> list[str]:
@@ -124,7 +135,8 @@ def _svg(figure: Any) -> str:
     import matplotlib
 
     (axes,) = figure.axes
-    axes.legend(frameon=False, fontsize="small")
+    # Above the lines, not among them.
+    axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     stream = io.StringIO()
     # Text stays text, and the same records give the same file.
     with matplotlib.rc_context(

@@ -1,0 +1,101 @@
+"""What watching costs: steps with and without a monitor, in turns.
+
+    horovodrun -np 2 python benchmarks/monitor.py           # gradients with the shapes of ResNet-50
+    horovodrun -np 2 python benchmarks/monitor.py --quick   # a smoke test
+
+A step here is what compression does in one: gradients arrive, are exchanged and come back, without forward and
+backward pass, so that the share that watching takes is larger than in a training. What is compared is the processor
+time of the training thread (medians), which other programs disturb less than the time on a clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import horovod.torch as hvd
+import torch
+from resnet50 import ResNet50
+
+from hvd_qsgd.observe import JsonLines, LogLines, Monitor
+from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
+
+NEVER = 2**40
+
+
+def make_step(name: str, compression: Compressor, shapes: list[torch.Size]) -> Callable[[], None]:
+    """A function that hands in the same gradients each time and waits for their means."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    gradients = [torch.randn(shape) for shape in shapes]
+    named = [(f"{name}.{i}", parameter) for i, parameter in enumerate(parameters)]
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters, lr=0.1), named_parameters=named, compression=compression
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        # Exchanges write over what they are handed.
+        copies = [gradient.clone() for gradient in gradients]
+        torch.autograd.backward(parameters, copies)
+        optimizer.synchronize()
+
+    return step
+
+
+def thread_seconds(step: Callable[[], None]) -> float:
+    hvd.barrier()
+    begin = time.thread_time()
+    step()
+    return time.thread_time() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--every", type=int, default=100, help="steps to a record, in the result (default: 100)")
+    parser.add_argument("--quick", action="store_true", help="two rounds, small tensors")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON here")
+    arguments = parser.parse_args()
+    hvd.init()
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.ERROR)
+    shapes = [torch.Size([64, 64])] * 4 if arguments.quick else [p.shape for p in ResNet50().parameters()]
+    results = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, make in {"QSGD, 4 bits": QSGDCompressor, "TopK, 1 %": TopKCompressor}.items():
+
+            def watched(kind: str, every: int, name: str = name) -> Monitor:
+                return Monitor(LogLines(), JsonLines(Path(directory, f"{name} {kind}.jsonl")), every=every)
+
+            steps = {
+                "without": make_step("without", make(), shapes),
+                "counted": make_step("counted", make(monitor=watched("counted", NEVER)), shapes),
+                "measured": make_step("measured", make(monitor=watched("measured", 1)), shapes),
+            }
+            seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+            for _ in range(3 if arguments.quick else arguments.rounds + 1):
+                for kind, step in steps.items():
+                    seconds[kind].append(thread_seconds(step))
+            medians = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
+            mean = ((arguments.every - 1) * medians["counted"] + medians["measured"]) / arguments.every
+            results[name] = {**medians, "overhead": mean / medians["without"] - 1}
+    if hvd.rank() == 0:
+        for name, result in results.items():
+            print(
+                f"{name}: {result['without'] * 1e3:.2f} ms a step without a monitor, {result['counted'] * 1e3:.2f} ms "
+                f"with one, {result['measured'] * 1e3:.2f} ms where errors are measured and a record is written: "
+                f"{result['overhead']:+.2%} with a record every {arguments.every} steps",
+                flush=True,
+            )
+        if arguments.output:
+            arguments.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
