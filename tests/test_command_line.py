@@ -15,10 +15,10 @@ import torch
 from launch import ROOT, environment, launch
 from typer.testing import CliRunner
 
-from hvd_qsgd import QSGD, ConfigError, HvdQsgdError, doctor, estimate
+from hvd_qsgd import QSGD, ConfigError, HvdQsgdError, SetupError, doctor, estimate
 from hvd_qsgd.cli import app
-from hvd_qsgd.kernels.triton import probe
 from hvd_qsgd.inspecting import inspect_file
+from hvd_qsgd.kernels.triton import probe
 from hvd_qsgd.observe import JsonLines, Record
 from hvd_qsgd.stats import Stats, TensorStats
 
@@ -77,6 +77,16 @@ def test_doctor_says_which_kernels_serve_the_gpu(monkeypatch: pytest.MonkeyPatch
         assert kernels.state == state and found in kernels.found and fault in kernels.found
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor._gpu()[1].state == doctor.WARNING
+
+
+def test_doctor_goes_on_when_a_program_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(command: list[str], **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(doctor.subprocess, "run", slow)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    findings = [*doctor._build(), doctor._mpi(), *doctor._gpu()]
+    assert all(finding.state == doctor.WARNING and "no answer" in finding.found for finding in findings)
 
 
 def test_doctor_warns_of_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,11 +164,9 @@ def ranks(*arguments: str) -> Any:
     """The JSON that the first of two ranks prints."""
     outcome = launch(["-m", "hvd_qsgd", *arguments, "--json"], 2)
     assert outcome.status == 0, outcome.output
-    # mpirun tags each piece of output, and the other rank prints nothing.
-    text = "".join(
-        re.sub(r"\[1,0\]<stdout>:", "", line) for line in outcome.output.splitlines() if "[1,0]<stdout>" in line
-    )
-    return json.loads(text)
+    # mpirun tags each piece of output and resets the colour; the other rank prints nothing.
+    text = re.sub(r"\[1,\d\]<std\w+>:|\x1b\[\d*m", "", outcome.output)
+    return json.JSONDecoder().raw_decode(text[text.index("[\n {") :])[0]
 
 
 def test_measured_estimates_and_exchanges() -> None:
@@ -170,11 +178,25 @@ def test_measured_estimates_and_exchanges() -> None:
     assert sent["Horovod, uncompressed"] == 8e5 and 7.5 < 8e5 / sent["QSGD, 4 bits"] < 8
 
 
-def test_measuring_needs_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_needs_a_job() -> None:
     for arguments in (["estimate", "--measure", "-p", "1e6"], ["bench", "--exchange"]):
-        assert "horovodrun -np" in hvd_qsgd(*arguments, status=1)
-    for wrong in (["estimate", "-p", "1e6"], ["estimate", "-n", "2", "-b", "1"], ["bench", "--repeats", "0"]):
-        hvd_qsgd(*wrong, status=2)
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, SetupError) and "horovodrun -np" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["estimate", "-p", "1e6"],
+        ["estimate", "-n", "2", "-b", "1"],
+        ["estimate", "-p", "1e6", "--model", "x:y", "-n", "2", "-b", "1"],
+        ["estimate", "--measure", "-p", "1e6", "-n", "2"],
+        ["bench", "--repeats", "0"],
+        ["no-such-command"],
+    ],
+)
+def test_wrong_arguments(arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, arguments).exit_code == 2
 
 
 # -- bench, demo, inspect, report ------------------------------------------------------------------
@@ -248,4 +270,9 @@ def test_report_and_inspect_of_records(tmp_path: Path) -> None:
 
 
 def test_shell_completion() -> None:
-    assert "complete" in hvd_qsgd("--show-completion", "bash", status=0)
+    """What the script that --install-completion writes asks for."""
+    asked = {"_HVD_QSGD_COMPLETE": "complete_bash", "COMP_WORDS": "hvd-qsgd in", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        ["hvd-qsgd"], cwd=ROOT, env={**environment(), **asked}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["install-horovod", "inspect"], done.stderr

@@ -9,7 +9,18 @@ import sys
 
 import pytest
 
-HEAVY = ("horovod", "keras", "mpi4py", "numba", "tensorflow", "tf_keras", "torch", "triton")
+HEAVY = (
+    "horovod",
+    "keras",
+    "matplotlib",
+    "mpi4py",
+    "numba",
+    "tensorboard",
+    "tensorflow",
+    "tf_keras",
+    "torch",
+    "triton",
+)
 #: Everything that may be imported without a framework.
 LIGHT = [
     "hvd_qsgd",
@@ -23,6 +34,7 @@ LIGHT = [
     "hvd_qsgd.codecs.scaled",
     "hvd_qsgd.fusion",
     "hvd_qsgd.kernels",
+    "hvd_qsgd.observe",
     "hvd_qsgd.policies",
     "hvd_qsgd.random_words",
     "hvd_qsgd.stats",
