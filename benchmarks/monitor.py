@@ -84,17 +84,17 @@ def main() -> None:
                     seconds[kind].append(thread_seconds(step))
             medians = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
             mean = ((arguments.every - 1) * medians["counted"] + medians["measured"]) / arguments.every
-            results[name] = {**medians, "overhead": mean / medians["without"] - 1}
-    if hvd.rank() == 0:
-        for name, result in results.items():
-            print(
-                f"{name}: {result['without'] * 1e3:.2f} ms a step without a monitor, {result['counted'] * 1e3:.2f} ms "
-                f"with one, {result['measured'] * 1e3:.2f} ms where errors are measured and a record is written: "
-                f"{result['overhead']:+.2%} with a record every {arguments.every} steps",
-                flush=True,
-            )
-        if arguments.output:
-            arguments.output.write_text(json.dumps(results, indent=1))
+            result = results[name] = {**medians, "overhead": mean / medians["without"] - 1}
+            if hvd.rank() == 0:
+                print(
+                    f"{name}: {result['without'] * 1e3:.2f} ms a step without a monitor, "
+                    f"{result['counted'] * 1e3:.2f} ms with one, {result['measured'] * 1e3:.2f} ms where errors are "
+                    f"measured and a record is written: {result['overhead']:+.2%} with a record every "
+                    f"{arguments.every} steps",
+                    flush=True,
+                )
+    if arguments.output and hvd.rank() == 0:
+        arguments.output.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, environment
+from launch import ROOT, environment, launch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from emulated_cluster import EmulatedCluster
@@ -79,3 +79,12 @@ def test_help(benchmark: str) -> None:
         command = [sys.executable, str(ROOT / "benchmarks" / benchmark), "--help"]
         shown = subprocess.run(command, env={**os.environ, **environment()}, capture_output=True, text=True, check=True)
         assert "usage:" in shown.stdout
+
+
+def test_monitor(tmp_path: Path) -> None:
+    outcome = launch(
+        [str(ROOT / "benchmarks" / "monitor.py"), "--quick", "--output", str(tmp_path / "monitor.json")], 2
+    )
+    assert outcome.status == 0, outcome.output
+    found = json.loads((tmp_path / "monitor.json").read_text())
+    assert len(found) == 2 and all(entry["without"] > 0 and "overhead" in entry for entry in found.values())
