@@ -256,7 +256,9 @@ class CompressorBase:
 
     def _record(self, key: str, elements: int, element_size: int, ranks: int) -> TensorStats:
         """Count a tensor in; the caller adds what was sent."""
-        record = self._stats.tensors.setdefault(key, TensorStats(elements=elements))
+        record = self._stats.tensors.get(key)
+        if record is None:
+            record = self._stats.tensors[key] = TensorStats(elements=elements)
         raw = elements * element_size
         record.exchanges += 1
         record.raw_bytes += raw

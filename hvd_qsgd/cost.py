@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,10 @@ class Decision:
     predicted: Mapping[str, float]
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         choice = "compression is off" if self.exchange == UNCOMPRESSED else self.exchange
         times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in self.predicted.items())
         return f"{choice} (predicted: {times})"

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from functools import cached_property
+from types import FrameType
 from typing import Any
 
 import horovod.torch as hvd
@@ -47,6 +48,11 @@ class CallSite:
     grouped: bool = False
     synchronizing: bool = False
 
+    @cached_property
+    def ranks(self) -> int:
+        """How many take part."""
+        return int(self.process_set.size())
+
 
 def find_call_site(tensor: torch.Tensor) -> CallSite:
     """Read the call site of a ``compress`` from the stack.
@@ -58,7 +64,7 @@ def find_call_site(tensor: torch.Tensor) -> CallSite:
     for _ in range(DEPTH):
         if frame is None:
             break
-        reader = READERS.get(frame.f_code)
+        reader = READERS.get(id(frame.f_code))
         if reader is not None:
             return reader(frame, tensor)
         frame = frame.f_back
@@ -70,7 +76,8 @@ def find_call_site(tensor: torch.Tensor) -> CallSite:
 
 
 def _from_optimizer(frame: FrameType, tensor: torch.Tensor) -> CallSite:
-    optimizer, parameter = frame.f_locals["self"], frame.f_locals["p"]
+    variables = frame.f_locals  # Python makes it anew each time
+    optimizer, parameter = variables["self"], variables["p"]
     caller = frame.f_back.f_code if frame.f_back else None
     return CallSite(
         name=optimizer._parameter_names[parameter],
@@ -140,11 +147,12 @@ def _refuse_reducescatter(frame: FrameType, tensor: torch.Tensor) -> CallSite:
     )
 
 
-def _code(function: Any) -> CodeType:
-    return function.__code__
+def _code(function: Any) -> int:
+    # The functions live as long as Horovod, and the hash of code takes microseconds.
+    return id(function.__code__)
 
 
-READERS: dict[CodeType, Any] = {
+READERS: dict[int, Any] = {
     _code(_DistributedOptimizer._allreduce_grad_async): _from_optimizer,
     _code(_DistributedOptimizer._grouped_allreduce_grad_async): _from_optimizer_group,
     _code(_DistributedAdasumOptimizer._allreduce_grad_async): _refuse_adasum,

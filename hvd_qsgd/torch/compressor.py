@@ -104,6 +104,8 @@ class Compressor(CompressorBase):
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
         self._single: dict[tuple[Any, ...], list[tuple[Slice, Bundle]]] = {}
+        #: Why tensors are left to Horovod, by all that this depends on.
+        self._reasons: dict[tuple[Any, ...], str] = {}
 
     # -- Horovod's interface ----------------------------------------------------------------
 
@@ -124,7 +126,7 @@ class Compressor(CompressorBase):
         if state is not None and self._already_synchronized(site, state):
             return self._carrier(site, tensor), Unchanged(tensor)
         measures = self.monitor is not None and self.monitor.starts(key)
-        reason = self._bypass_reason(site.name, tensor, site.process_set)
+        reason = self._bypass_reason(site.name, tensor, site.ranks)
         if reason:
             return self._bypass(key, tensor, site, reason)
         if self.exchange == AUTO:
@@ -283,6 +285,7 @@ class Compressor(CompressorBase):
         After the policy has changed, or after the ranks have.
         """
         self._single.clear()
+        self._reasons.clear()
         for state in self._optimizers.values():
             state.bundles = None
 
@@ -298,9 +301,10 @@ class Compressor(CompressorBase):
         self.policy.check_names(optimizer._parameter_names.values())
         by_kind: dict[tuple[torch.device, Codec], list[tuple[str, int]]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        ranks = process_set.size()
         for parameter in reversed(parameters):
             name = optimizer._parameter_names[parameter]
-            if parameter in optimizer._requires_update and not self._bypass_reason(name, parameter, process_set):
+            if parameter in optimizer._requires_update and not self._bypass_reason(name, parameter, ranks):
                 kind = (parameter.device, self._codec(name, parameter))
                 by_kind.setdefault(kind, []).append((name, parameter.numel()))
         plan: dict[str, list[tuple[Slice, Bundle]]] = {}
@@ -356,10 +360,15 @@ class Compressor(CompressorBase):
         assert codec is not None, "tensors without a codec are left to Horovod"
         return codec
 
-    def _bypass_reason(self, name: str, tensor: torch.Tensor, process_set: Any) -> str:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        described = tensor_of(name, tensor)
-        return self._reason_to_bypass(described, dtype, tensor.dtype.is_floating_point, process_set.size())
+    def _bypass_reason(self, name: str, tensor: torch.Tensor, ranks: int) -> str:
+        # Asked for each gradient in each step.
+        case = (name, tensor.shape, tensor.dtype, ranks)
+        reason = self._reasons.get(case)
+        if reason is None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            reason = self._reason_to_bypass(tensor_of(name, tensor), dtype, tensor.dtype.is_floating_point, ranks)
+            self._reasons[case] = reason
+        return reason
 
     # -- exchange="auto" --------------------------------------------------------------------
 
@@ -405,7 +414,7 @@ class Compressor(CompressorBase):
         return (site.name, tuple(tensor.shape), tensor.device, site.process_set.process_set_id)
 
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
-        self._record_bypassed(key, tensor.numel(), tensor.element_size(), site.process_set.size(), reason)
+        self._record_bypassed(key, tensor.numel(), tensor.element_size(), site.ranks, reason)
         if tensor.dtype == torch.bfloat16:
             # Horovod cannot reduce bfloat16.
             return tensor.to(torch.float32), Unchanged(None, torch.bfloat16)
@@ -414,7 +423,7 @@ class Compressor(CompressorBase):
     def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
         corrected = None
         if self._feeds(tensor_of(site.name, tensor)):
-            corrected = self.feedback.correct(key, self._gradient(site, tensor), site.process_set.size())
+            corrected = self.feedback.correct(key, self._gradient(site, tensor), site.ranks)
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
         in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
         in_place = in_place and tensor is site.parameter.grad
