@@ -58,7 +58,7 @@ def encode_buckets(  # type: ignore[no-untyped-def]
     magnitudes = tl.zeros([ROWS, COLUMNS], tl.int32)
     for part in tl.static_range(8):
         value = tl.load(source + part * PART, mask=inside, other=0.0)
-        values = values + (value,)
+        values = values + (value,)  # type: ignore[assignment]
         magnitudes = tl.maximum(magnitudes, bits_of(value) & ABS_MASK)
     scales = scale_of(tl.max(magnitudes, axis=1))
     store_scales(scales_out, rows, scales, within)
@@ -75,8 +75,8 @@ def encode_buckets(  # type: ignore[no-untyped-def]
         else:
             low = tl.full([ROWS, COLUMNS], HALF, tl.int32)
             high = low
-        early = early + (round_up(values[part], low, lift, factor, usable, LEVELS),)
-        late = late + (round_up(values[part + 4], high, lift, factor, usable, LEVELS),)
+        early = early + (round_up(values[part], low, lift, factor, usable, LEVELS),)  # type: ignore[assignment]
+        late = late + (round_up(values[part + 4], high, lift, factor, usable, LEVELS),)  # type: ignore[assignment]
 
     target = bytes_after(codes_out + rows.to(tl.int64)[:, None] * (PART * BITS), columns, ALIGNED)
     if BITS & 8:

@@ -65,15 +65,8 @@ class QSGDKernels(Kernels):
             if group.constant and codec.norm == "max" and codec.bucket_size <= LONGEST:
                 rows, columns = tile(group.count, codec.bucket_size // 8)
                 shape = {"ROWS": rows, "COLUMNS": columns, "BUCKET": codec.bucket_size}
-                launch(
-                    encode_buckets,
-                    (blocks(group.count, rows),),
-                    (part, scales, codes),
-                    group.count,
-                    *draw,
-                    **constants,
-                    **shape,
-                )
+                tensors, programs = (part, scales, codes), (blocks(group.count, rows),)
+                launch(encode_buckets, programs, tensors, group.count, *draw, **constants, **shape)
             else:
                 self._scales(part, scales, group)
                 grid, shape = group.grid(planes_size(group.length, plane_widths(codec.bits)[0]))
