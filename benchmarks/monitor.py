@@ -67,7 +67,9 @@ def counting_seconds(tensors: int) -> float:
     for _ in range(steps):
         for key in keys:
             monitor.starts(key)
-    return (time.thread_time() - begin) / steps
+    seconds = (time.thread_time() - begin) / steps
+    monitor.close()
+    return seconds
 
 
 def main() -> None:
@@ -93,6 +95,7 @@ def main() -> None:
             for _ in range(3 if arguments.quick else arguments.rounds + 1):
                 for kind, step in steps.items():
                     seconds[kind].append(thread_seconds(step))
+            monitor.close()
             medians = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
             medians["counted"] = counting_seconds(len(shapes))
             added = medians["counted"] + (medians["measured"] - medians["without"]) / arguments.every

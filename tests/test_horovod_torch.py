@@ -10,8 +10,15 @@ from launch import Outcome, check, compile_kernels, launch, launch_pytest
 INNER = Path(__file__).resolve().parent / "horovod_torch"
 #: These leave Horovod unfit for the tests that follow, and have a job of their own.
 ALONE = ["test_join.py", "test_refusals.py"]
-#: Further codecs, feedback, policies, state, and long runs: once in full.
-FAMILY = ["test_family.py", "test_feedback_kinds.py", "test_memory.py", "test_policies.py", "test_state.py"]
+#: Further codecs, feedback, policies, state, monitors, and long runs: once in full.
+FAMILY = [
+    "test_family.py",
+    "test_feedback_kinds.py",
+    "test_memory.py",
+    "test_monitor.py",
+    "test_policies.py",
+    "test_state.py",
+]
 FILES = sorted(path.name for path in INNER.glob("test_*.py") if path.name not in (*ALONE, *FAMILY))
 #: With more ranks than cores, Gloo takes 40 ms for what takes MPI 3: no place for every codec and every setting.
 SHORT = ["test_optimizer.py", "test_other_collectives.py", "test_process_sets.py"]
