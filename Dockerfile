@@ -15,7 +15,7 @@ ARG DEBIAN_FRONTEND=noninteractive
 RUN apt-get update \
     && apt-get install -y --no-install-recommends openmpi-bin openssh-client openssh-server python3 \
     && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_*
-ENV PATH=/opt/hvd-qsgd/bin:/usr/local/bin:/usr/bin:/bin
+ENV PATH=/opt/hvd-qsgd/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 FROM base AS build
 ARG DEBIAN_FRONTEND=noninteractive
