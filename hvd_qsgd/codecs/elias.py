@@ -46,7 +46,6 @@ class EliasQSGD(Codec):
     rounding: str = "stochastic"
 
     name: ClassVar[str] = "qsgd_elias"
-    exchanges: ClassVar[tuple[str, ...]] = ("allgather",)
     variable_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
