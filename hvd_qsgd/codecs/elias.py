@@ -69,6 +69,10 @@ class EliasQSGD(Codec):
     def omega(self) -> float:
         return self.quantizer.omega
 
+    @property
+    def one_level(self) -> bool:
+        return self.quantizer.one_level
+
     def payload_size(self, length: int) -> int:
         return 4 + self.quantizer.payload_size(length)
 
