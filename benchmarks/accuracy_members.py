@@ -36,7 +36,7 @@ MEMBERS: dict[str, tuple[Codec | None, Feedback | None]] = {
     "QSGD 4 bits, bucket 512": (QSGD(4), NO),
     "QSGD 2 bits, bucket 128": (QSGD(2, 128), NO),
     "QSGD 4 bits, EF": (QSGD(4), EF),
-    "QSGD 2 bits, bucket 128, EF": (QSGD(2, 128), EF),
+    "QSGD 2 bits, bucket 128, EF (refused)": (QSGD(2, 128), EF),
     "QSGD 4 bits, LoCo": (QSGD(4), LoCo()),
     "QSGD 2 bits, bucket 128, LoCo": (QSGD(2, 128), LoCo()),
     "QSGD 2 bits nearest, EF": (QSGD(2, 128, rounding="nearest"), EF),

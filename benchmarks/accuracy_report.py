@@ -36,6 +36,15 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), float(student.ppf(0.975, len(values) - 1)) * error
 
 
+def smoothed(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The mean loss of the last eighth of the run before each point: batches are too small to tell."""
+    width = max(len(curve) // 8, 1)
+    return [
+        (sent, statistics.mean(loss for _, loss in curve[max(i + 1 - width, 0) : i + 1]))
+        for i, (sent, _) in enumerate(curve)
+    ]
+
+
 def bytes_to_reach(curve: list[tuple[float, float]], loss: float) -> float:
     return next((sent for sent, now in curve if now <= loss), math.nan)
 
@@ -48,8 +57,9 @@ def summary(task: Task, runs: Runs) -> list[dict[str, Any]]:
         seeds = [seed for seed in by_seed if seed in base]
         gain = interval([task.better * (by_seed[s]["quality"] - base[s]["quality"]) for s in seeds])
         # What uncompressed training reaches after nine tenths of its steps.
-        target = statistics.mean(base[seed]["curve"][len(base[seed]["curve"]) * 9 // 10][1] for seed in seeds)
-        reached = [bytes_to_reach(by_seed[seed]["curve"], target) for seed in seeds]
+        curves = [smoothed(base[seed]["curve"]) for seed in seeds]
+        target = statistics.mean(curve[len(curve) * 9 // 10][1] for curve in curves)
+        reached = [bytes_to_reach(smoothed(by_seed[seed]["curve"]), target) for seed in seeds]
         verdict = "no difference seen"
         if member == "uncompressed":
             verdict = ""
