@@ -97,15 +97,15 @@ class CompressorBase:
         self.exchange = exchange
         #: None: for tensors that may get a biased codec.
         self.error_feedback = None if error_feedback is None else bool(error_feedback)
-        if self.error_feedback:
-            for codec in codecs:
-                check_feedback(codec)
         if isinstance(error_feedback, MomentumCorrection) and not self._moves_momentum:
             raise ConfigError(
                 f"{name}: {error_feedback} takes the place of the optimizer's momentum, which only DGCCompressor does "
                 f"completely. Use DGCCompressor, or another kind of feedback."
             )
         self.feedback = error_feedback.fresh() if isinstance(error_feedback, Feedback) else ErrorFeedback()
+        if self.error_feedback:
+            for codec in codecs:
+                check_feedback(codec, self.feedback, exchange)
         self.min_elements = min_elements
         self.min_dims = min_dims
         self.seed = seed
@@ -229,7 +229,7 @@ class CompressorBase:
         if not any(codec.biased for codec in choices):
             return False
         for codec in choices:
-            check_feedback(codec)
+            check_feedback(codec, self.feedback, self.exchange)
         return True
 
     def _reason_to_bypass(self, tensor: Tensor, dtype: str, floating: bool, ranks: int) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from checkers import check_same_bits, flip_bit, gauss, make_jobs, run_exchange
 from mpi4py import MPI
 
-from hvd_qsgd import QSGD, Cast, Codec, ExchangeError, Identity, TopK, engine
+from hvd_qsgd import QSGD, Cast, Codec, EliasQSGD, ExchangeError, Identity, TopK, engine
 from hvd_qsgd.collectives.mpi import MPICollectives
 from hvd_qsgd.exchanges import EXCHANGES, Job
 
@@ -25,6 +25,7 @@ CODECS: list[Codec] = [
     TopK(k=7, values="float16"),
     Identity(),
     Cast("bfloat16"),
+    EliasQSGD(),
 ]
 
 

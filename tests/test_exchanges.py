@@ -19,6 +19,7 @@ from hvd_qsgd import (
     ExchangeError,
     GlobalTopK,
     Identity,
+    PayloadError,
     RandomK,
     RowTopK,
     Scaled,
@@ -30,7 +31,7 @@ from hvd_qsgd import (
 from hvd_qsgd.collectives.simulated import perform, simulate
 from hvd_qsgd.exchanges import EXCHANGES, Job, choose_exchange
 from hvd_qsgd.exchanges import check_exchange as check_choice
-from hvd_qsgd.exchanges.base import HEADER_BYTES, AllGather, AllReduce, Steps, phase_of, shard_bytes, shards_of
+from hvd_qsgd.exchanges.base import AllGather, AllReduce, Segment, Steps, phase_of, shards_of
 
 RANKS = (1, 2, 3, 4, 7, 16, 64)
 CODECS: list[Codec] = [
@@ -375,17 +376,12 @@ def test_shards_part_the_pieces_between_buckets(lengths: list[int], ranks: int, 
     covered: dict[str, int] = {piece.name: 0 for piece in jobs[0].pieces}
     units = []
     for segments in shards:
-        end = HEADER_BYTES
         for segment in segments:
             # In order and without a gap: every element is in one shard.
             assert covered[segment.piece.name] == segment.start < segment.stop
             covered[segment.piece.name] = segment.stop
             assert segment.first % codec.granularity == 0
             assert segment.stop == len(segment.piece.x) or segment.stop % codec.granularity == 0
-            assert segment.size == codec.payload_size(segment.stop - segment.start)
-            assert (segment.offset, segment.offset % 4) == (end, 0)
-            end = segment.offset + -(-segment.size // 4) * 4
-        assert shard_bytes(segments) == end
         units.append(sum(-(-(segment.stop - segment.start) // codec.granularity) for segment in segments))
     assert [covered[piece.name] for piece in jobs[0].pieces] == lengths
     assert max(units) - min(units) <= 1
@@ -411,6 +407,7 @@ CONSERVING = [
     ("scatter_gather", QSGD(bits=2, bucket_size=16, rounding="nearest")),
     ("allreduce", QSGD(bits=2, bucket_size=16, rounding="nearest")),
     ("scatter_gather", QSGD(bits=2, bucket_size=16)),
+    ("scatter_gather", EliasQSGD(2, 16, "max", "nearest")),
     ("allgather", Identity()),
 ]
 
@@ -576,3 +573,92 @@ def test_phases_are_the_collectives_that_come(name: str) -> None:
     jobs = make_jobs(QSGD(), [[gauss(2000, rank), gauss(700, rank)] for rank in range(3)])
     simulate([recorded(EXCHANGES[name](job)) for job in jobs])
     assert seen == [list(EXCHANGES[name].phases)] * 3
+
+
+# -- payloads whose size varies, over scatter_gather ---------------------------------------------------
+
+
+def test_payloads_of_varying_size_stand_in_messages_of_just_their_bytes() -> None:
+    """Both phases, byte for byte as the wire format says, and the mean that follows from the payloads."""
+    codec, ranks = EliasQSGD(bucket_size=64), 3
+    jobs = make_jobs(codec, make_inputs(ranks, (300, 0, 1, 130)))
+    shards = [shards_of(job) for job in jobs]
+    steps = [EXCHANGES["scatter_gather"](job) for job in jobs]
+
+    def payload_of(x: np.ndarray, segment: Segment, phase: int = 0) -> np.ndarray:
+        out = np.empty(codec.payload_size(x.size), np.uint8)
+        return out[: codec.encode_into(x, out, segment.piece.key(phase), segment.first)]
+
+    requests: list[Any] = [rank.send(None) for rank in steps]
+    decoded: dict[tuple[str, int], list[np.ndarray]] = {}
+    for job, of_rank, request in zip(jobs, shards, requests):
+        payloads = [[payload_of(s.of(s.piece.x), s) for s in segments] for segments in of_rank]
+        check_messages(request.array, job, payloads)
+        assert request.splits == [length_of(parts) for parts in payloads]
+        for segments, parts in zip(of_rank, payloads):
+            for segment, part in zip(segments, parts):
+                values = codec.decode(part, segment.stop - segment.start)
+                decoded.setdefault((segment.piece.name, segment.first), []).append(values)
+
+    replies: list[Any] = [rank.send(outcome) for rank, outcome in zip(steps, perform(requests, ranks))]
+    means = {}
+    for rank, reply in enumerate(replies):
+        payloads = [[]]
+        for segment in shards[rank][rank]:
+            first, *others = decoded[segment.piece.name, segment.first]
+            mean = sum(others, first) / np.float32(ranks)
+            payloads[0].append(payload_of(mean, segment, phase=1))
+            means[segment.piece.name, segment.first] = codec.decode(payloads[0][-1], mean.shape)
+        check_messages(reply.array, jobs[rank], payloads)
+
+    for rank, outcome in zip(steps, perform(replies, ranks)):
+        with pytest.raises(StopIteration):
+            rank.send(outcome)
+    check_same_on_all_ranks(jobs)
+    pieces = {piece.name: piece for piece in jobs[0].pieces}
+    for (name, first), mean in means.items():
+        check_same_bits(pieces[name].out[first : first + len(mean)], mean)
+    for rank, job in enumerate(jobs):
+        others = sum(len(reply.array) for reply in replies) - len(replies[rank].array)
+        assert job.wire_bytes == sum(requests[rank].splits) - requests[rank].splits[rank] + others
+
+
+def length_of(payloads: list[np.ndarray]) -> int:
+    return 4 + sum(4 + -(-len(payload) // 4) * 4 for payload in payloads)
+
+
+def check_messages(made: np.ndarray, job: Job, messages: list[list[np.ndarray]]) -> None:
+    """A message each: fingerprint, sizes, payloads; what stands between payloads is undefined."""
+    assert len(made) == sum(map(length_of, messages))
+    at = 0
+    for payloads in messages:
+        words = np.array([job.fingerprint("scatter_gather"), *map(len, payloads)], "<u4").view(np.uint8)
+        check_same_bits(made[at : at + len(words)], words)
+        at += len(words)
+        for payload in payloads:
+            check_same_bits(made[at : at + len(payload)], payload)
+            at += -(-len(payload) // 4) * 4
+
+
+@pytest.mark.parametrize("collective", [0, 1])
+@pytest.mark.parametrize("bit", [32, 32 + 9, 32 + 31])
+def test_a_wrong_size_of_a_payload_is_an_error(collective: int, bit: int) -> None:
+    """The word behind the fingerprint: a little or much too large or too small."""
+
+    def change(outcome: Any) -> Any:
+        return (flip_bit(outcome[0], bit), outcome[1]) if isinstance(outcome, tuple) else flip_bit(outcome, bit)
+
+    jobs = make_jobs(EliasQSGD(bucket_size=64), make_inputs(4, (1000,)))
+    with pytest.raises((ExchangeError, PayloadError)):
+        run_exchange("scatter_gather", jobs, tamper=(2, collective, change))
+
+
+def test_entropy_coding_saves_bytes_over_scatter_gather_too() -> None:
+    inputs = make_inputs(8, (1 << 15,))
+    fixed, coded = (
+        check_exchange("scatter_gather", codec, inputs, backend="numba")[0].wire_bytes
+        for codec in (QSGD(norm="l2"), EliasQSGD())
+    )
+    assert coded < 0.5 * fixed
+    # Asked for, not chosen: a second coarse rounding is worse than more bytes.
+    assert choose_exchange("by_ranks", EliasQSGD(), 8) == "allgather"

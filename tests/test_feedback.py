@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from checkers import check_same_bits, gauss, qsgd_codecs
+from checkers import check_exchange, check_same_bits, gauss, qsgd_codecs
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_qsgd import QSGD, Cast, Codec, ConfigError, Identity, TopK
-from hvd_qsgd.feedback import ErrorFeedback, check_feedback
+from hvd_qsgd.feedback import EF21, ErrorFeedback, Feedback, LoCo, check_feedback
 from hvd_qsgd.random_words import key_of
 
 
@@ -88,6 +88,40 @@ def test_the_refusal_names_the_numbers_and_two_remedies() -> None:
         check_feedback(QSGD(norm="l2"))
     for remedy in ('rounding="nearest"', "error_feedback=False"):
         assert remedy in str(refused.value)
+
+
+def rounded_twice(codec: Codec, feedback: Feedback, ranks: int, steps: int = 40) -> list[float]:
+    """Root mean square over ranks of what scatter_gather leaves to be fed back."""
+    kinds, sizes = [feedback.fresh() for _ in range(ranks)], []
+    for step in range(steps):
+        inputs = [[kind.correct("w", gauss(512, 100 * step + rank), ranks)] for rank, kind in enumerate(kinds)]
+        jobs = check_exchange("scatter_gather", codec, inputs, backend="numba", keep_error=True, step=step)
+        errors = [job.pieces[0].x for job in jobs]
+        sizes.append(float(np.sqrt(np.mean(np.square(errors, dtype=np.float64)))))
+        for kind, job in zip(kinds, jobs):
+            kind.keep("w", job.pieces[0].x, job.pieces[0].out)
+    return sizes
+
+
+@pytest.mark.parametrize("feedback", [ErrorFeedback(), EF21(), LoCo()], ids=repr)
+@pytest.mark.parametrize(
+    "codec",
+    [QSGD(2, 128), QSGD(2, 128, rounding="nearest"), QSGD(3, 128), QSGD(4)],
+    ids=lambda c: f"{c.bits}{c.rounding}",
+)
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_what_diverges_where_means_are_rounded_again_is_refused(codec: Codec, feedback: Feedback, ranks: int) -> None:
+    sizes = rounded_twice(codec, feedback, ranks)
+    diverges = max(sizes[20:]) > 20 * sizes[0]
+    assert diverges or max(sizes[20:]) < 8 * sizes[0]
+    for exchange in ("scatter_gather", "by_ranks", "auto"):
+        if diverges:
+            with pytest.raises(ConfigError, match=f"diverges with exchange='{exchange}'.*LoCo"):
+                check_feedback(codec, feedback, exchange)
+        else:
+            check_feedback(codec, feedback, exchange)
+    for exchange in ("allgather", "allreduce"):
+        check_feedback(codec, feedback, exchange)
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,25 @@ def test_no_rank_takes_a_gather_with_a_joined_rank_for_a_gradient(monkeypatch: p
     assert outcome.status not in (0, -1), outcome.output
     assert "UnsupportedError" in outcome.output and 'Use exchange="allreduce"' in outcome.output
     assert "RESULT" not in outcome.output
+
+
+def test_a_rank_that_stands_still_is_named_with_the_tensor_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_STALL_CHECK_TIME_SECONDS", "1")
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "3")
+    outcome = launch([str(INNER / "missing_rank.py"), "stands still"], 2)
+    assert outcome.status not in (0, -1), outcome.output
+    assert "STEP 2" in outcome.output and "STEP 3" not in outcome.output
+    assert "REFUSED Horovod has been shut down" in outcome.output
+    # The tensor's name is in that of its collective, so that Horovod's log tells who waits for whom.
+    missing = outcome.output.split("Missing ranks:")[1]
+    assert re.search(r"1: \[[^]]*hvd_qsgd[^]]*weight", missing), outcome.output
+
+
+@pytest.mark.parametrize("launcher", ["mpi", "gloo"])
+def test_a_rank_that_dies_ends_the_job(launcher: str) -> None:
+    outcome = launch([str(INNER / "missing_rank.py"), "dies"], 2, launcher)
+    assert outcome.status not in (0, -1), outcome.output
+    assert "STEP 2" in outcome.output and "STEP 3" not in outcome.output
 
 
 def test_the_check_can_fail() -> None:

@@ -109,6 +109,15 @@ class Codec(Kernels):
         return 0.0
 
     @property
+    def one_level(self) -> bool:
+        """Whether stochastic rounding knows nothing but zero and the largest value of a bucket.
+
+        Where a mean is rounded a second time, feedback of both errors diverges (see
+        :func:`hvd_qsgd.feedback.check_feedback`).
+        """
+        return False
+
+    @property
     def value_dtype(self) -> type | None:
         """float32, or None for codecs that say nothing about single values."""
         return np.float32

@@ -46,7 +46,6 @@ class EliasQSGD(Codec):
     rounding: str = "stochastic"
 
     name: ClassVar[str] = "qsgd_elias"
-    exchanges: ClassVar[tuple[str, ...]] = ("allgather",)
     variable_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -69,6 +68,10 @@ class EliasQSGD(Codec):
     @property
     def omega(self) -> float:
         return self.quantizer.omega
+
+    @property
+    def one_level(self) -> bool:
+        return self.quantizer.one_level
 
     def payload_size(self, length: int) -> int:
         return 4 + self.quantizer.payload_size(length)

@@ -99,6 +99,10 @@ class QSGD(Codec):
         # With max norm an error is at most one level, whatever is fed back: residuals stay bounded.
         return self.variance_bound() if self.norm == "l2" and self.rounding == "stochastic" else 0.0
 
+    @property
+    def one_level(self) -> bool:
+        return self.levels == 1 and self.rounding == "stochastic"
+
     # -- sizes ---------------------------------------------------------------------------
 
     def buckets(self, length: int) -> int:

@@ -64,13 +64,15 @@ def choose_exchange(exchange: str, codec: Codec, ranks: int) -> str:
 
     Codecs whose messages add up go by an allreduce of their own. Of the others allgather sends
     (n-1) payloads a rank and scatter_gather 2 (n-1)/n, but in two phases and with a second
-    rounding: it pays from four ranks.
+    rounding: it pays from four ranks. Codes whose size varies are short because rounding is
+    coarse, so a second one costs more than the bytes: that is for the user to ask for.
     """
     if exchange != BY_RANKS:
         return exchange
     if not set(codec.exchanges) & {"allgather", "scatter_gather"} or "linear" in codec.exchanges:
         return codec.exchanges[0]
-    return "scatter_gather" if ranks >= 4 and "scatter_gather" in codec.exchanges else "allgather"
+    pays = ranks >= 4 and "scatter_gather" in codec.exchanges and not codec.variable_size
+    return "scatter_gather" if pays else "allgather"
 
 
 def start_exchange(exchange: str, job: Job) -> Steps:

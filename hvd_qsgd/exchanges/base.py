@@ -114,13 +114,11 @@ class Piece:
 
 @dataclass
 class Segment:
-    """The part of a piece that lies in one shard, and where its payload stands in the message."""
+    """The part of a piece that lies in one shard."""
 
     piece: Piece
     start: int
     stop: int
-    offset: int
-    size: int
 
     @property
     def first(self) -> int:
@@ -128,9 +126,6 @@ class Segment:
 
     def of(self, array: Any) -> Any:
         return array[self.start : self.stop]
-
-    def payload(self, message: Any) -> Any:
-        return message[self.offset : self.offset + self.size]
 
 
 @dataclass
@@ -173,12 +168,9 @@ def _fingerprint(exchange: str, codec: Codec, shape: tuple[tuple[str, int, int],
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
 
 
-HEADER_BYTES = 4
-
-
 def write_header(message: Any, value: int) -> None:
-    """Put a fingerprint at the start of a message of any backend's bytes."""
-    for i in range(HEADER_BYTES):
+    """Put a little-endian uint32 at the start of a message of any backend's bytes."""
+    for i in range(4):
         message[i] = (value >> (8 * i)) & 0xFF
 
 
@@ -198,7 +190,7 @@ def shards_of(job: Job) -> list[list[Segment]]:
     """Cut the pieces, laid end to end, into one shard a rank.
 
     Cuts fall between buckets, and the numbers of buckets of two shards differ by one at
-    most. The payload offsets leave room for a header.
+    most.
     """
     unit = job.codec.granularity
     units = [-(-len(piece.x) // unit) for piece in job.pieces]
@@ -206,22 +198,15 @@ def shards_of(job: Job) -> list[list[Segment]]:
     shards: list[list[Segment]] = []
     for rank in range(job.ranks):
         low, high = total * rank // job.ranks, total * (rank + 1) // job.ranks
-        segments, before, offset = [], 0, HEADER_BYTES
+        segments, before = [], 0
         for piece, count in zip(job.pieces, units):
             start = max(low - before, 0) * unit
             stop = min((high - before) * unit, len(piece.x))
             before += count
             if start < stop:
-                size = job.codec.payload_size(stop - start)
-                segments.append(Segment(piece, start, stop, offset, size))
-                offset += aligned(size)
+                segments.append(Segment(piece, start, stop))
         shards.append(segments)
     return shards
-
-
-def shard_bytes(segments: list[Segment]) -> int:
-    """Length of the message that carries a shard."""
-    return segments[-1].offset + aligned(segments[-1].size) if segments else HEADER_BYTES
 
 
 @dataclass(frozen=True)

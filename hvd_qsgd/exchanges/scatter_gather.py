@@ -6,79 +6,133 @@ Known as scatter-reduce-allgather in CGX (Markov et al., Middleware 2022, arXiv 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from hvd_qsgd.codecs.base import Codec
 from hvd_qsgd.exchanges.base import (
     AllGather,
     AllToAll,
     Exchange,
     Job,
+    Segment,
     Steps,
     Work,
+    aligned,
     read_words,
-    shard_bytes,
     shards_of,
     write_header,
 )
 
 
 def scatter_gather(job: Job) -> Steps:
-    """Message between two ranks: fingerprint, then the payloads of the receiver's shard.
+    """A shard's message goes from each rank to its owner, and from its owner with the mean to all.
 
     The owner of a shard uses its own decoded payload like everybody else, so that all ranks
     hold the same bits.
     """
-    fingerprint = job.fingerprint("scatter_gather")
-    shards = shards_of(job)
-    sizes = [shard_bytes(segments) for segments in shards]
-    message = job.empty(sum(sizes), "uint8")
-    at = 0
-    for segments, size in zip(shards, sizes):
-        part = message[at : at + size]
-        write_header(part, fingerprint)
-        for segment in segments:
-            x = segment.of(segment.piece.x)
-            job.kernels.encode_into(x, segment.payload(part), segment.piece.key(), segment.first)
-            if segment.piece.keep_error:
-                job.kernels.decode_into(segment.payload(part), x, "subtract")
-            segment.piece.payload_bytes += segment.size
+    messages, shards = ShardMessages(job), shards_of(job)
+    own = shards[job.rank]
+
+    def encode(segment: Segment, room: Any) -> int:
+        piece, x = segment.piece, segment.of(segment.piece.x)
+        size = job.kernels.encode_into(x, room, piece.key(), segment.first)
+        if piece.keep_error:
+            job.kernels.decode_into(room[:size], x, "subtract")
+        piece.payload_bytes += size
+        return size
+
+    message = job.empty(sum(messages.room(segments) for segments in shards), "uint8")
+    splits: list[int] = []
+    for segments in shards:
+        splits.append(messages.write(segments, message[sum(splits) :], encode))
+
+    received, received_sizes = yield AllToAll(f"{job.name}.alltoall", message[: sum(splits)], splits)
+
+    at, payloads = 0, []
+    for rank, size in enumerate(received_sizes):
+        spans, end = messages.read(own, received, at, rank)
         at += size
+        if end != at:
+            raise job.disagreement(f"rank {rank} sent {size} bytes where {end - at + size} were expected")
+        payloads.append(spans)
 
-    received, received_sizes = yield AllToAll(f"{job.name}.alltoall", message, sizes)
+    of_segments = zip(*payloads)
 
-    own, own_size = shards[job.rank], sizes[job.rank]
-    if list(received_sizes) != [own_size] * job.ranks:
-        raise job.disagreement(
-            f"messages of {list(received_sizes)} bytes came where {own_size} were expected from each"
-        )
-    reply = job.empty(own_size, "uint8")
-    write_header(reply, fingerprint)
-    starts = [rank * own_size for rank in range(job.ranks)]
-    for rank, start in enumerate(starts):
-        if read_words(received[start : start + own_size], 1) != [fingerprint]:
-            raise job.disagreement(f"rank {rank} sent something else than was expected")
-    for segment in own:
-        mean = segment.of(segment.piece.out)
-        spans = [(start + segment.offset, start + segment.offset + segment.size) for start in starts]
-        job.kernels.average_into(received, spans, mean)
-        job.kernels.encode_into(mean, segment.payload(reply), segment.piece.key(phase=1), segment.first)
-        if segment.piece.keep_error:
+    def average(segment: Segment, room: Any) -> int:
+        piece, mean = segment.piece, segment.of(segment.piece.out)
+        job.kernels.average_into(received, next(of_segments), mean)
+        size = job.kernels.encode_into(mean, room, piece.key(phase=1), segment.first)
+        if piece.keep_error:
             # What the second rounding loses, this rank adds to its next gradient.
-            job.kernels.decode_into(segment.payload(reply), mean, "subtract")
+            job.kernels.decode_into(room[:size], mean, "subtract")
             mean *= job.ranks
-            residual = segment.of(segment.piece.x)
+            residual = segment.of(piece.x)
             residual += mean
+        return size
+
+    reply = job.empty(messages.room(own), "uint8")
+    reply = reply[: messages.write(own, reply, average)]
 
     gathered = yield AllGather(f"{job.name}.allgather", reply)
 
-    if len(gathered) != sum(sizes):
-        raise job.disagreement(f"{len(gathered)} bytes of means came where {sum(sizes)} were expected")
-    job.wire_bytes += (sum(sizes) - own_size) * 2
+    job.wire_bytes += sum(splits) - splits[job.rank] + len(gathered) - len(reply)
     at = 0
-    for segments, size in zip(shards, sizes):
-        part = gathered[at : at + size]
-        for segment in segments:
-            job.kernels.decode_into(segment.payload(part), segment.of(segment.piece.out), "set")
-        at += size
+    for rank, segments in enumerate(shards):
+        spans, at = messages.read(segments, gathered, at, rank)
+        for segment, (start, stop) in zip(segments, spans):
+            job.kernels.decode_into(gathered[start:stop], segment.of(segment.piece.out), "set")
+    if at != len(gathered):
+        raise job.disagreement(f"{len(gathered)} bytes of means came where {at} were expected")
+
+
+class ShardMessages:
+    """Messages that carry a shard: fingerprint, the sizes of its payloads if they vary, the payloads."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.fingerprint = job.fingerprint("scatter_gather")
+
+    def room(self, segments: list[Segment]) -> int:
+        """Bytes that a message takes at most; those that it takes if the sizes do not vary."""
+        return self._head(segments) + sum(aligned(self._most(segment)) for segment in segments)
+
+    def write(self, segments: list[Segment], message: Any, encode: Callable[[Segment, Any], int]) -> int:
+        """Fill a message with what ``encode`` makes of each segment; returns its length."""
+        write_header(message, self.fingerprint)
+        at = self._head(segments)
+        for index, segment in enumerate(segments):
+            size = encode(segment, message[at : at + self._most(segment)])
+            if self.job.codec.variable_size:
+                write_header(message[4 * (1 + index) :], size)
+            at += aligned(size)
+        return at
+
+    def read(self, segments: list[Segment], message: Any, at: int, rank: int) -> tuple[list[tuple[int, int]], int]:
+        """Where the payloads stand in the message of a rank that begins at ``at``, and where it ends.
+
+        Raises:
+            ExchangeError: it is another message than was expected.
+        """
+        head = self._head(segments)
+        words = read_words(message[at : at + head], head // 4)
+        most = [self._most(segment) for segment in segments]
+        sizes = words[1:] if self.job.codec.variable_size else most
+        at += head
+        spans = []
+        for size in sizes:
+            spans.append((at, at + size))
+            at += aligned(size)
+        expected = words[:1] == [self.fingerprint] and len(sizes) == len(most) and at <= len(message)
+        if not expected or any(size > limit for size, limit in zip(sizes, most)):
+            raise self.job.disagreement(f"rank {rank} sent something else than was expected")
+        return spans, at
+
+    def _head(self, segments: list[Segment]) -> int:
+        return 4 * (1 + len(segments) * self.job.codec.variable_size)
+
+    def _most(self, segment: Segment) -> int:
+        return self.job.codec.payload_size(segment.stop - segment.start)
 
 
 def work(codec: Codec, length: int, ranks: int) -> Work:

@@ -24,6 +24,8 @@ class Feedback(ABC):
 
     #: Name in the registry and in configurations.
     name: ClassVar[str]
+    #: Whether an error is only partly fed back.
+    damped: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.start()

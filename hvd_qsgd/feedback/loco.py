@@ -36,6 +36,7 @@ class LoCo(Feedback):
     kept_as: str = "int8"
 
     name: ClassVar[str] = "loco"
+    damped: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta < 1:

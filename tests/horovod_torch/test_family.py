@@ -44,6 +44,7 @@ MAKERS: list[Any] = [
     lambda: RandomKCompressor(0.2, unbiased=True),
     EliasQSGDCompressor,
     lambda: EliasQSGDCompressor(scaled=True),
+    lambda: EliasQSGDCompressor(exchange="scatter_gather"),
     lambda: RowTopKCompressor(0.1, 64, exchange="scatter_gather"),
     lambda: GlobalTopKCompressor(0.1),
     lambda: ThresholdTopKCompressor(0.1, method="sample"),
