@@ -38,6 +38,7 @@ root=$1; user=$2; directory=$3; shift 3
 mount --make-rprivate /
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
+mount --rbind /sys "$root/sys"
 for bind in /etc/resolv.conf /etc/hosts $BINDS; do
     source=${bind%%:*}; place=$root${bind##*:}
     if [ -d "$source" ]; then mkdir -p "$place"; else mkdir -p "${place%/*}"; touch "$place"; fi
