@@ -128,6 +128,8 @@ def build_environment(frameworks: dict[str, str], wrapper: Path, *, mpi: bool, g
         environment[f"HOROVOD_{'WITH' if framework in frameworks else 'WITHOUT'}_{variable}"] = "1"
     if gpu:
         environment["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+        # nvcc reads headers that the wrapper has raised to C++17 by the standard it is told itself: the last one counts.
+        environment["NVCC_APPEND_FLAGS"] = f"{environment.get('NVCC_APPEND_FLAGS', '')} -std=c++17".strip()
     return environment
 
 
