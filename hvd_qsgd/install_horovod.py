@@ -128,6 +128,8 @@ def build_environment(frameworks: dict[str, str], wrapper: Path, *, mpi: bool, g
         environment[f"HOROVOD_{'WITH' if framework in frameworks else 'WITHOUT'}_{variable}"] = "1"
     if gpu:
         environment["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+        # Else nvcc reads, as C++11, headers that the wrapper has had prepared for C++17. The last one counts.
+        environment["NVCC_APPEND_FLAGS"] = f"{environment.get('NVCC_APPEND_FLAGS', '')} -std=c++17".strip()
     return environment
 
 
