@@ -16,7 +16,7 @@ test: lint ## lint, then run the tests
 	.venv/bin/python -m pytest $(ARGS)
 
 docs: setup ## build the documentation into site/, warnings are errors
-	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "Open $(CURDIR)/site/index.html"
 
 lint: setup ## check style, formatting and types

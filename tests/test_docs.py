@@ -185,8 +185,9 @@ def check_script(words: list[str]) -> None:
 
 
 def split_launcher(words: list[str]) -> tuple[list[str], list[str]]:
-    at = words.index("python") if "python" in words else len(words)
-    return words[1:at], words[at + 1 :]
+    """The launcher's options, and the program that it starts, with its arguments."""
+    at = next((i for i, word in enumerate(words) if word in ("python", "hvd-qsgd")), len(words))
+    return words[1:at], words[at:]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,10 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("command", all_commands())
 def test_command(command: str, launcher_help: str) -> None:
-    words = shlex.split(command.replace("...", ""))
+    check_command(shlex.split(command.replace("...", "")), launcher_help)
+
+
+def check_command(words: list[str], launcher_help: str) -> None:
     program, arguments = words[0], words[1:]
     if program == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -227,7 +231,7 @@ def test_command(command: str, launcher_help: str) -> None:
             names = [word.split("=")[0] for word in options if re.match(r"--?[a-zA-Z]", word)]
             assert all(re.search(rf"(^|[\s,\[]){re.escape(name)}\b", launcher_help) for name in names), names
         if script:
-            check_script(script)
+            check_command(script, launcher_help)
     elif program == "hvd-qsgd":
         known = CliRunner().invoke(app, [arguments[0], "--help"], env={"COLUMNS": "200"})
         assert known.exit_code == 0, known.output
