@@ -259,7 +259,7 @@ def check_pip(arguments: list[str]) -> None:
             assert f"{word}\n" in pinned, f"{word} is not in requirements/"
 
 
-@pytest.mark.parametrize("command", sorted({c for c in all_commands() if c.startswith("hvd-qsgd estimate -")}))
+@pytest.mark.parametrize("command", sorted({c for c in all_commands() if c.startswith("hvd-qsgd estimate -p")}))
 def test_estimates_of_the_docs_run(command: str) -> None:
     result = CliRunner().invoke(app, shlex.split(command)[1:], env={"COLUMNS": "200"})
     assert result.exit_code == 0 and re.search(r"Yes: |No: |Rather not: ", result.output), result.output

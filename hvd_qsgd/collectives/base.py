@@ -31,3 +31,19 @@ class Collectives(Protocol):
     def start(self, request: Request) -> Handle:
         """Start a collective that every rank of the group starts under the same name."""
         ...
+
+
+class Names:
+    """Names of Horovod's collectives.
+
+    They differ before and after a job's ranks have changed. What a rank starts in the very moment in which
+    Horovod dies of a lost rank can stay in Horovod's queue (it looks whether it is shut down before it takes
+    the queue's lock), and would be taken for what the ranks that are left start under the same name.
+    """
+
+    #: How often the ranks have changed; the same on all ranks.
+    generation = 0
+
+    @classmethod
+    def of(cls, name: str) -> str:
+        return f"hvd_qsgd.{cls.generation}.{name}"

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 
+from hvd_qsgd.collectives.base import Names
 from hvd_qsgd.exchanges.base import AllToAll, Request, phase_of
 
 #: The types of what goes into a collective of each kind.
@@ -26,7 +27,7 @@ INPUTS: dict[str, list[tf.DType]] = {
 def operation_name(phase: str, name: str) -> str:
     """The name that Horovod's torch functions make of it, so that a job that mixes frameworks finds out."""
     kind = phase if phase in ("allgather", "alltoall") else "allreduce"
-    return re.sub(r"[^A-Za-z0-9_.\-/]", "_", f"{kind}.hvd_qsgd.{name}")
+    return re.sub(r"[^A-Za-z0-9_.\-/]", "_", f"{kind}.{Names.of(name)}")
 
 
 def emit(phase: str, name: str, inputs: Sequence[tf.Tensor], process_set: Any) -> list[tf.Tensor]:

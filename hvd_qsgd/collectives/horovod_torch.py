@@ -10,24 +10,9 @@ import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
+from hvd_qsgd.collectives.base import Names
 from hvd_qsgd.errors import ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Request
-
-
-class Names:
-    """Names of collectives.
-
-    They differ before and after a job's ranks have changed. What a rank starts in the very moment in which
-    Horovod dies of a lost rank can stay in Horovod's queue (it looks whether it is shut down before it takes
-    the queue's lock), and would be taken for what the ranks that are left start under the same name.
-    """
-
-    #: How often the ranks have changed; the same on all ranks.
-    generation = 0
-
-    @classmethod
-    def of(cls, request: Request) -> str:
-        return f"hvd_qsgd.{cls.generation}.{request.name}"
 
 
 def wrap(array: Any) -> torch.Tensor:
@@ -82,7 +67,7 @@ class HorovodCollectives:
         return int(self.process_set.size())
 
     def start(self, request: Request) -> HorovodHandle:
-        tensor, name = wrap(request.array), Names.of(request)
+        tensor, name = wrap(request.array), Names.of(request.name)
         if isinstance(request, AllGather):
             return HorovodHandle(request, hvd.allgather_async(tensor, name=name, process_set=self.process_set))
         if isinstance(request, AllToAll):

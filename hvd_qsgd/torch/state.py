@@ -22,7 +22,7 @@ import torch
 from horovod.torch.elastic.state import StateHandler, get_handler_registry
 
 from hvd_qsgd.codecs.base import check_choice
-from hvd_qsgd.collectives.horovod_torch import Names
+from hvd_qsgd.collectives.base import Names
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.torch.compressor import Compressor
 from hvd_qsgd.torch.flights import ENGINE
