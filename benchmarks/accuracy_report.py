@@ -25,7 +25,9 @@ DRAWN = (
     "sign, EF",
     "PowerSGD rank 4, EF",
 )
-COLOURS = {"loses": "tab:red", "gains": "tab:green", "one seed": "tab:gray"}
+COLOURS = {"loses": "tab:red", "gains": "tab:green", "one seed": "tab:gray", "too few seeds": "tab:gray"}
+#: With fewer seeds an interval is so wide that a difference that is not seen says nothing.
+ENOUGH = 4
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -69,6 +71,8 @@ def summary(task: Task, runs: Runs) -> list[dict[str, Any]]:
             verdict = "loses"
         elif gain[0] - gain[1] > 0:
             verdict = "gains"
+        elif len(seeds) < ENOUGH:
+            verdict = "too few seeds"
         rows.append(
             {
                 "member": member,
