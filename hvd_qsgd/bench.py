@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs import Cast, Codec, EliasQSGD, RowTopK, Sign
-from hvd_qsgd.cost import PROBE_ELEMENTS, REPEATS, measure_codec
+from hvd_qsgd.cost import PROBE_ELEMENTS, measure_codec, median_time
 from hvd_qsgd.estimate import CODECS
+from hvd_qsgd.exchanges.base import ring_bytes
 from hvd_qsgd.job import check_launched
 from hvd_qsgd.kernels import kernels_for
 
@@ -47,12 +48,7 @@ def codec_speeds() -> list[CodecSpeed]:
     """A memcpy and the codecs, on normally distributed numbers; the medians of a few calls on 4 MiB."""
     x = np.random.default_rng(0).standard_normal(PROBE_ELEMENTS).astype(np.float32)
     out = np.empty_like(x)
-    copies = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        np.copyto(out, x)
-        copies.append(time.perf_counter() - begin)
-    copied = x.nbytes / statistics.median(copies[1:])
+    copied = x.nbytes / median_time(lambda: np.copyto(out, x))
     speeds = [CodecSpeed("memcpy", 1.0, copied, copied)]
     for name, codec in BENCHED.items():
         kernels = kernels_for(codec, "numba")
@@ -84,7 +80,6 @@ def exchange_times(elements: int, repeats: int) -> tuple[int, list[ExchangeTime]
         'QSGD, 4 bits, exchange="allreduce"': QSGDCompressor(exchange="allreduce", min_elements=0),
         "TopK, 1 %": TopKCompressor(min_elements=0),
     }
-    ring = 2 * (hvd.size() - 1) / hvd.size() * elements
     times = []
     for method, compression in methods.items():
         seconds = []
@@ -97,6 +92,6 @@ def exchange_times(elements: int, repeats: int) -> tuple[int, list[ExchangeTime]
         if isinstance(compression, Compressor):
             sent = compression.stats().wire_bytes / (repeats + 1)
         else:
-            sent = ring * (2 if compression is hvd.Compression.fp16 else 4)
+            sent = ring_bytes(elements * (2 if compression is hvd.Compression.fp16 else 4), hvd.size())
         times.append(ExchangeTime(method, slowest, sent))
     return hvd.rank(), times

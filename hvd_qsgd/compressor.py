@@ -16,6 +16,7 @@ from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
 from hvd_qsgd.codecs.base import Kernels, check_integer
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
+from hvd_qsgd.exchanges.base import ring_bytes
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
 from hvd_qsgd.fusion import BUNDLE_ELEMENTS
 from hvd_qsgd.observe.monitor import Monitor
@@ -262,7 +263,7 @@ class CompressorBase:
         raw = elements * element_size
         record.exchanges += 1
         record.raw_bytes += raw
-        record.uncompressed_wire_bytes += 2 * (ranks - 1) / ranks * raw
+        record.uncompressed_wire_bytes += ring_bytes(raw, ranks)
         return record
 
     def _record_bypassed(self, key: str, elements: int, element_size: int, ranks: int, reason: str) -> None:
@@ -270,7 +271,7 @@ class CompressorBase:
         record.exchange, record.codec, record.bypassed = "", "", reason
         raw = elements * element_size
         record.payload_bytes += raw
-        record.wire_bytes += 2 * (ranks - 1) / ranks * raw
+        record.wire_bytes += ring_bytes(raw, ranks)
 
     def _settle(self, key: str, tensor: Tensor, corrected: Any, mean: Any, kernels: Kernels) -> None:
         """After an exchange: make what it left of ``corrected`` the memory, and show the mean to the policy.

@@ -23,7 +23,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.exchanges import EXCHANGES
-from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Empty, Request, Work
+from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Empty, Request, Work, ring_bytes
 
 #: Horovod's own allreduce, in predictions and decisions.
 UNCOMPRESSED = "none"
@@ -64,7 +64,7 @@ class Costs:
         if ranks == 1 or elements == 0:
             return 0.0
         if exchange == UNCOMPRESSED:
-            work = Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * elements})
+            work = Work({"allreduce": ring_bytes(4 * elements, ranks)})
         else:
             work = EXCHANGES[exchange].work(codec, elements, ranks)
         first, *later = (sent * self.byte[collective] for collective, sent in work.sent.items())
@@ -140,8 +140,8 @@ def measure_codec(kernels: Kernels, empty: Empty) -> tuple[float, float, float]:
     x[:] = _like(x, np.resize(np.random.default_rng(0).standard_normal(4096).astype(np.float32), length))
     payload = empty(codec.payload_size(length), "uint8")
     size = kernels.encode_into(x, payload)
-    encode = _median_time(lambda: kernels.encode_into(x, payload)) / length
-    decode = _median_time(lambda: kernels.decode_into(payload[:size], out)) / length
+    encode = median_time(lambda: kernels.encode_into(x, payload)) / length
+    decode = median_time(lambda: kernels.decode_into(payload[:size], out)) / length
     if "allreduce" not in codec.exchanges:
         return encode, decode, 0.0
     lanes_kernels: Any = kernels
@@ -153,10 +153,11 @@ def measure_codec(kernels: Kernels, empty: Empty) -> tuple[float, float, float]:
         lanes_kernels.to_lanes(x, agreed, 2, words)
         lanes_kernels.from_lanes(words, agreed, 2, out, 2)
 
-    return encode, decode, _median_time(through_lanes) / length
+    return encode, decode, median_time(through_lanes) / length
 
 
-def _median_time(call: Callable[[], object]) -> float:
+def median_time(call: Callable[[], object]) -> float:
+    """Seconds of a call: the median of a few, after one to warm up."""
     times = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work, ring_bytes
 
 FINGERPRINT_MAX = 0x7FFFFFFF
 
@@ -68,7 +68,7 @@ def allreduce(job: Job) -> Steps:
 
     sums = yield AllReduce(f"{job.name}.lanes", lanes, "sum")
 
-    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * (len(agreed) + len(lanes))
+    job.wire_bytes += ring_bytes(4 * (len(agreed) + len(lanes)), job.ranks)
     # Joined ranks count neither here nor in the carrier, whose product with this mean is right.
     contributors = int(sums[0])
     scale_at, lane_at = 2, 1
@@ -81,7 +81,7 @@ def allreduce(job: Job) -> Steps:
 
 def work(codec: Any, length: int, ranks: int) -> Work:
     words = codec.agreement_length(length) + codec.lanes_length(length, ranks)
-    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * words}, lanes=length, agreements=1)
+    return Work({"allreduce": ring_bytes(4 * words, ranks)}, lanes=length, agreements=1)
 
 
 ALLREDUCE = Exchange(allreduce, work, ("max", "sum"))

@@ -182,6 +182,11 @@ def read_words(message: Any, count: int) -> list[int]:
     return [int(word) for word in np.frombuffer(head.tobytes(), "<u4")]
 
 
+def ring_bytes(size: int, ranks: int) -> float:
+    """What a rank sends for an allreduce of ``size`` bytes that runs as a ring."""
+    return 2 * (ranks - 1) / ranks * size
+
+
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 

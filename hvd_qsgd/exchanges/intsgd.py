@@ -14,7 +14,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.intsgd import IntSGD
 from hvd_qsgd.exchanges.allreduce import allreduce
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
 from hvd_qsgd.exchanges.linear import CHECK_BITS
 from hvd_qsgd.kernels import kernels_of
 
@@ -58,7 +58,7 @@ def intsgd(job: Job) -> Steps:
 
     sums = yield AllReduce(f"{job.name}.integers", message, "sum")
 
-    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     contributors = int(sums[0])
     if int(sums[1]) != contributors * check:
         raise job.disagreement("the ranks do not agree on what they add up")
@@ -96,7 +96,7 @@ def _agreed(job: Job, codec: IntSGD, piece: Piece, scale: np.float32) -> Any:
 
 def work(codec: Any, length: int, ranks: int) -> Work:
     words = codec.grid.lanes_length(length, ranks)
-    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * words}, lanes=length)
+    return Work({"allreduce": ring_bytes(4 * words, ranks)}, lanes=length)
 
 
 INTSGD = Exchange(intsgd, work)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work, ring_bytes
 
 #: Bits of the fingerprint that go along: their sum over 4096 ranks is exact in float32.
 CHECK_BITS = 12
@@ -49,7 +49,7 @@ def linear(job: Job) -> Steps:
 
     sums = yield AllReduce(f"{job.name}.sum", message, "sum")
 
-    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     contributors = int(sums[0])
     if int(sums[1]) != contributors * check:
         raise job.disagreement("the ranks do not agree on what they add up")
@@ -60,7 +60,7 @@ def linear(job: Job) -> Steps:
 
 
 def work(codec: Any, length: int, ranks: int) -> Work:
-    sent = 2 * (ranks - 1) / ranks * 4 * codec.sum_length(length)
+    sent = ring_bytes(4 * codec.sum_length(length), ranks)
     return Work({"allreduce": sent}, encoded=length, decoded=length)
 
 

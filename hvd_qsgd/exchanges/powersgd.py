@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
 from hvd_qsgd.exchanges.linear import CHECK_BITS
 from hvd_qsgd.random_words import words
 
@@ -39,7 +39,7 @@ def powersgd(job: Job) -> Steps:
 
     sums = yield AllReduce(f"{job.name}.p", message, "sum")
 
-    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     contributors = int(sums[0])
     if int(sums[1]) != contributors * check:
         raise job.disagreement("the ranks do not agree on what they add up")
@@ -63,7 +63,7 @@ def powersgd(job: Job) -> Steps:
 
     sums = yield AllReduce(f"{job.name}.q", message, "sum")
 
-    job.wire_bytes += 2 * (job.ranks - 1) / job.ranks * 4 * len(message)
+    job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     thin = iter(zip(_parts(sums, right), own))
     for piece, shape, basis in zip(job.pieces, shapes, left):
         if basis is None:
@@ -138,7 +138,7 @@ def _parts(message: Any, like: list[Any]) -> list[Any]:
 def work(codec: Any, length: int, ranks: int) -> Work:
     """As if the tensor were a square matrix."""
     factors = 2 * codec.rank * length**0.5
-    return Work({"allreduce": 2 * (ranks - 1) / ranks * 4 * min(factors, length)}, agreements=1)
+    return Work({"allreduce": ring_bytes(4 * min(factors, length), ranks)}, agreements=1)
 
 
 POWERSGD = Exchange(powersgd, work)
