@@ -30,6 +30,10 @@ from hvd_qsgd.torch.callsite import CallSite, find_call_site
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
 from hvd_qsgd.torch.rehearsal import Rehearsal
 
+#: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
+#: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
+IN_FLIGHT = 4
+
 
 @dataclass
 class Context:
@@ -153,6 +157,11 @@ class Compressor(CompressorBase):
         owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
         stream = stream_of(self.seed, owner, key)
         memory = self._memory.setdefault(key, {})
+        # The caller waits for the carrier at once, and Horovod reduces it after all that was started before: wait
+        # here, and decode what has come while the rest is on its way. Besides, Horovod names the carrier of a call
+        # without a name after the number of collectives that this process has started so far, which is the same on
+        # all ranks only when none of ours is still to come.
+        waits = site.optimizer is None and not (site.named and site.grouped)
         for part, bundle in bundles:
             piece = Piece(
                 name=part.name,
@@ -168,11 +177,9 @@ class Compressor(CompressorBase):
             flight = bundle.flight_for(part)
             context.flights.append((part, flight))
             flight.add(part, piece)
-        if site.optimizer is None and not (site.named and site.grouped):
-            # The caller waits for the carrier at once, and Horovod reduces it after all that was started before:
-            # wait here, and decode what has come while the rest is on its way. Besides, Horovod names the carrier of
-            # a call without a name after the number of collectives that this process has started so far, which is
-            # the same on all ranks only when none of ours is still to come.
+            if waits and len(context.flights) > IN_FLIGHT:
+                context.flights[-1 - IN_FLIGHT][1].wait()
+        if waits:
             for _, flight in context.flights:
                 flight.wait()
         return self._carrier(site, tensor), context
