@@ -23,6 +23,8 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "qsgd4-allgather": lambda module: module.QSGDCompressor(4, exchange="allgather"),
     "qsgd4-scatter": lambda module: module.QSGDCompressor(4, exchange="scatter_gather"),
     "qsgd4-allreduce": lambda module: module.QSGDCompressor(4, exchange="allreduce"),
+    "qsgd4-thread": lambda module: module.QSGDCompressor(4, progress_thread=True),
+    "qsgd4-scatter-thread": lambda module: module.QSGDCompressor(4, exchange="scatter_gather", progress_thread=True),
     "qsgd4-auto": lambda module: module.QSGDCompressor(4, exchange="auto"),
     "topk": lambda module: module.TopKCompressor(0.01),
     # Of torch, in training steps only: what PyTorch itself offers.

@@ -1,13 +1,13 @@
 """The engine: keeps exchanges going, whichever of them is waited for.
 
 The first collective of an exchange starts when its gradients are there, during the backward
-pass; the ones after it start while somebody waits. Waiting for one exchange moves all of them,
-because another rank may be waiting for any of those, so their phases overlap each other.
+pass; the ones after it start while somebody waits, or by a thread. Waiting for one exchange moves
+all of them, because another rank may be waiting for any of those, so their phases overlap each other.
 
-Why no thread moves them earlier: Horovod names a collective without a name after the number
-of collectives that the process has started. If exchanges went on at moments that differ
-between ranks, ``hvd.allreduce(loss)`` between ``backward()`` and ``step()`` would have different
-names on different ranks, and hang.
+Why the thread is not the default: Horovod names a collective without a name after the number of
+collectives that the process has started. Where exchanges go on at moments that differ between
+ranks, ``hvd.allreduce(loss)`` between ``backward()`` and ``step()`` has different names on different
+ranks, and hangs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ T = TypeVar("T")
 #: Seconds between two looks at collectives under way: short against a network round trip,
 #: long enough to leave the core to Horovod's own thread.
 PAUSE = 100e-6
+#: The same of the thread, which takes its time from the backward pass; Horovod looks once in a millisecond, too.
+THREAD_PAUSE = 1e-3
 
 #: Surrounds what goes on in a task, for profilers: "encode", "wait" or "decode".
 Span = Callable[[str], AbstractContextManager[Any]]
@@ -50,6 +52,7 @@ class Task:
         self._steps = steps
         self._collectives = collectives
         self._handle: Handle | None = None
+        self._turn = threading.Lock()
         self.error: BaseException | None = None
         self.finished = False
         #: What the exchange returned.
@@ -60,14 +63,19 @@ class Task:
         self.encode_seconds += time.perf_counter() - begin
 
     def advance(self) -> bool:
-        """Go on if the last collective has ended; True if something was done."""
-        if self.finished or self._handle is None or not self._handle.done():
+        """Go on if the last collective has ended and no other thread is at it; True if something was done."""
+        if not self._turn.acquire(blocking=False):
             return False
-        begin = time.perf_counter()
-        with self.span("decode"):
-            self._resume(self._handle)
-        self.decode_seconds += time.perf_counter() - begin
-        return True
+        try:
+            if self.finished or self._handle is None or not self._handle.done():
+                return False
+            begin = time.perf_counter()
+            with self.span("decode"):
+                self._resume(self._handle)
+            self.decode_seconds += time.perf_counter() - begin
+            return True
+        finally:
+            self._turn.release()
 
     def pause(self) -> None:
         """Wait a moment, for this task's sake."""
@@ -108,14 +116,23 @@ class Engine:
     """The exchanges that this process has under way."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._tasks: list[Task] = []
+        #: While there is something to move, and somebody wants that.
+        self._thread: threading.Thread | None = None
 
-    def submit(self, steps: Steps, collectives: Collectives, span: Span = no_span) -> Task:
-        """Start an exchange: encodes and starts its first collective before it returns."""
+    def submit(self, steps: Steps, collectives: Collectives, span: Span = no_span, threaded: bool = False) -> Task:
+        """Start an exchange: encodes and starts its first collective before it returns.
+
+        Args:
+            threaded: let a thread move all exchanges from now on, until none is under way.
+        """
         task = Task(steps, collectives, span)
         with self._lock:
             self._tasks.append(task)
+            if threaded and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="hvd_qsgd progress", daemon=True)
+                self._thread.start()
         return task
 
     def wait(self, task: Task) -> None:
@@ -126,16 +143,30 @@ class Engine:
                     if not self._advance():
                         task.pause()
         with self._lock:
-            self._tasks = [task for task in self._tasks if not task.finished]
+            self._tasks = self._under_way()
         if task.error is not None:
             raise task.error
 
     def abandon(self) -> None:
         """Forget what is under way, because other ranks will never answer it."""
         with self._lock:
-            self._tasks.clear()
+            self._tasks = []
+
+    def _under_way(self) -> list[Task]:
+        return [task for task in self._tasks if not task.finished]
 
     def _advance(self) -> bool:
+        # Not under the lock: what a task computes must not keep others from starting.
         with self._lock:
-            moved = [task.advance() for task in self._tasks]
-            return any(moved)
+            tasks = self._under_way()
+        moved = [task.advance() for task in tasks]
+        return any(moved)
+
+    def _run(self) -> None:
+        while True:
+            if not self._advance():
+                time.sleep(THREAD_PAUSE)
+            with self._lock:
+                if not self._under_way():
+                    self._thread = None
+                    return

@@ -91,13 +91,22 @@ class Compressor(CompressorBase):
     ``hvd.grouped_allreduce``; both the class (all defaults) and an instance work.
     The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`; with ``exchange="auto"`` the
     first two steps of an optimizer are not compressed, because they end with the measurement.
+
+    Args:
+        codec: see :class:`hvd_qsgd.compressor.CompressorBase`.
+        progress_thread: let a thread go on with exchanges during the backward pass: the second phase of
+            "scatter_gather" and "allreduce" starts when the first has ended, and what has come is decoded. Only for
+            programs in which every other Horovod call between ``backward()`` and ``step()`` has a ``name=``: Horovod
+            numbers those without, and with a thread the numbers differ between ranks, which then wait forever.
+        settings: see :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     framework = "torch"
     _monitored = True
 
-    def __init__(self, codec: Codec | Policy, **settings: Any) -> None:
+    def __init__(self, codec: Codec | Policy, *, progress_thread: bool = False, **settings: Any) -> None:
         super().__init__(codec, **settings)
+        self.progress_thread = progress_thread
         if self.exchange == AUTO and not (isinstance(self.policy, Fixed) and self.policy.only is not None):
             raise ConfigError(
                 f"exchange='auto' decides for one codec, and {self.policy} has several or none. Leave exchange= out."
@@ -345,7 +354,7 @@ class Compressor(CompressorBase):
     ) -> None:
         for slices in plan_bundles(lengths, codec.granularity, self.fusion_elements):
             prefix = f"set{process_set.process_set_id}."
-            bundle = Bundle(slices, codec, exchange, device, process_set, prefix)
+            bundle = Bundle(slices, codec, exchange, device, process_set, prefix, self.progress_thread)
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
 

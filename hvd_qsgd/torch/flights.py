@@ -93,7 +93,7 @@ class Flight:
             empty=bundle.buffers_for(self),
         )
         bundle.open_flight = None
-        self._task = ENGINE.submit(start_exchange(self.exchange, self.job), collectives, profiler_span)
+        self._task = ENGINE.submit(start_exchange(self.exchange, self.job), collectives, profiler_span, bundle.threaded)
 
     def wait(self) -> Job:
         """The finished job. Starts it if some pieces never came, which is so on all ranks
@@ -125,13 +125,21 @@ class Bundle:
     """Slices that travel together, each step anew."""
 
     def __init__(
-        self, slices: list[Slice], codec: Any, exchange: str, device: torch.device, process_set: Any, prefix: str
+        self,
+        slices: list[Slice],
+        codec: Any,
+        exchange: str,
+        device: torch.device,
+        process_set: Any,
+        prefix: str,
+        threaded: bool = False,
     ) -> None:
         self.slices = slices
         self.codec = codec
         self.codec_name = repr(codec)
         self.exchange = exchange
         self.device = device
+        self.threaded = threaded
         self.collectives = HorovodCollectives(process_set)
         self.open_flight: Flight | None = None
         self._last_flight: Flight | None = None
