@@ -19,6 +19,7 @@ from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.exchanges.base import ring_bytes
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
 from hvd_qsgd.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.kernels.threads import owned_cores, use_threads
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.stats import Stats, TensorStats
@@ -61,6 +62,8 @@ class CompressorBase:
         seed: of the random rounding; the same seed gives the same run.
         fusion_elements: about how many elements travel in one exchange.
         monitor: is told what happens; see :class:`hvd_qsgd.observe.Monitor`.
+        threads: that encode and decode a long tensor on the CPU, where the kernels can (QSGD); by default the cores of
+            this machine divided by its ranks, and no more than the framework uses. One number for the whole process.
 
     Raises:
         ConfigError: a value is out of range, or error feedback would diverge around this codec.
@@ -85,6 +88,7 @@ class CompressorBase:
         seed: int = 0,
         fusion_elements: int = BUNDLE_ELEMENTS,
         monitor: Monitor | None = None,
+        threads: int | None = None,
     ) -> None:
         name = type(self).__name__
         self.policy = codec if isinstance(codec, Policy) else Fixed(codec)
@@ -95,6 +99,8 @@ class CompressorBase:
         check_integer(name, "min_dims", min_dims, 0, 64)
         check_integer(name, "seed", seed, 0, 2**64 - 1)
         check_integer(name, "fusion_elements", fusion_elements, 1, 2**40)
+        if threads is not None:
+            check_integer(name, "threads", threads, 1, 1024)
         self.exchange = exchange
         #: None: for tensors that may get a biased codec.
         self.error_feedback = None if error_feedback is None else bool(error_feedback)
@@ -111,6 +117,7 @@ class CompressorBase:
         self.min_dims = min_dims
         self.seed = seed
         self.fusion_elements = fusion_elements
+        self.threads = threads
         self._stats = Stats()
         self._steps: dict[str, int] = {}
         #: What codecs remember of each tensor.
@@ -246,6 +253,10 @@ class CompressorBase:
         if self.policy.codec(tensor) is None:
             return "the policy gives it no codec"
         return ""
+
+    def _use_threads(self, local_ranks: int, most: int) -> None:
+        """Let kernels use as many threads as the user said, or as each rank of this machine has cores, up to ``most``."""
+        use_threads(self.threads or min(owned_cores(local_ranks), most))
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process and number of ranks, for the monitor."""

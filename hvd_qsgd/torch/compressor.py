@@ -352,6 +352,7 @@ class Compressor(CompressorBase):
         process_set: Any,
         exchange: str,
     ) -> None:
+        self._use_threads(hvd.local_size(), torch.get_num_threads())
         for slices in plan_bundles(lengths, codec.granularity, self.fusion_elements):
             prefix = f"set{process_set.process_set_id}."
             bundle = Bundle(slices, codec, exchange, device, process_set, prefix, self.progress_thread)

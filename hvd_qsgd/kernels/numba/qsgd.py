@@ -26,6 +26,7 @@ from hvd_qsgd.kernels.numba.intrinsics import (
     random_word,
 )
 from hvd_qsgd.kernels.numba.reduce import all_finite, folded, largest_magnitude
+from hvd_qsgd.kernels.threads import in_parts
 
 LIFT = np.float32(1 / TINY)
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -252,34 +253,23 @@ def store_bucket(codes, scale, unit, zero, values, mode):  # type: ignore[no-unt
 
 
 @jit
-def average(message, starts, scale_bytes, out, bits, bucket_size):  # type: ignore[no-untyped-def]
-    """Mean of the payloads at ``starts``, bucket by bucket: the sums stay in the first-level cache."""
+def average(message, scale_starts, code_starts, out, bits, bucket_size):  # type: ignore[no-untyped-def]
+    """Mean of payloads whose scales and codes begin there, bucket by bucket: the sums stay in the first-level cache."""
     codes = np.empty(bucket_size, np.uint8)
     scale = np.empty(1, np.float32)
     levels = np.int32((1 << (bits - 1)) - 1)
     unit = ONE / np.float32(levels)
     code_bytes = bucket_size // 8 * bits
-    count = np.float32(len(starts))
-    for bucket in range(scale_bytes // 4):
+    count = np.float32(len(scale_starts))
+    for bucket in range((len(out) + bucket_size - 1) // bucket_size):
         values = out[bucket * bucket_size : (bucket + 1) * bucket_size]
         part = codes[: len(values)]
-        for rank in range(len(starts)):
-            at = starts[rank] + 4 * bucket
+        for rank in range(len(scale_starts)):
+            at = scale_starts[rank] + 4 * bucket
             # Copied byte by byte: a payload may stand anywhere.
             scale.view(np.uint8)[:] = message[at : at + 4]
-            unpack_bucket(message[starts[rank] + scale_bytes + bucket * code_bytes :], len(values), bits, part)
+            unpack_bucket(message[code_starts[rank] + bucket * code_bytes :], len(values), bits, part)
             store_bucket(part, scale[0], unit, levels, values, 1 if rank else 0)
-        divide(values, count)
-
-
-@jit
-def divide(values, count):  # type: ignore[no-untyped-def]
-    inverse = ONE / count
-    if int(count) & (int(count) - 1) == 0:
-        # Exact, and several times faster.
-        for j in range(len(values)):
-            values[j] *= inverse
-    else:
         for j in range(len(values)):
             values[j] /= count
 
@@ -350,7 +340,10 @@ def read_levels(words, values, offset, shift, mask, largest, scale, unit):  # ty
 
 @dataclass(frozen=True)
 class QSGDKernels(Kernels):
-    """Numba implementation of a QSGD codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
+    """Numba implementation of a QSGD codec; see :class:`hvd_qsgd.codecs.base.Kernels`.
+
+    Long vectors are divided between threads (see :mod:`hvd_qsgd.kernels.threads`).
+    """
 
     codec: QSGD
 
@@ -359,46 +352,93 @@ class QSGDKernels(Kernels):
         size = codec.payload_size(x.size)
         # Compiled code writes without looking.
         codec.check_room(out, size)
-        cut = 4 * codec.buckets(x.size)
-        encode(x, out[cut:size], out[:cut].view("<f4"), codec.bits, codec.bucket_size, *self._draw(key, first))
+        scales, codes = self._parts(out[:size], x.size)
+
+        def call(start: int, stop: int) -> None:
+            part, draw = self._elements(start, stop), self._draw(key, first, start)
+            encode(x[part], codes[self._codes(start, stop)], scales[start:stop], codec.bits, codec.bucket_size, *draw)
+
+        in_parts(x.size, codec.bucket_size, call)
         return size
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         codec = self.codec
         codec.check_payload(payload, out.size)
-        cut = 4 * codec.buckets(out.size)
-        scales = payload[:cut].view("<f4")
-        decode(payload[cut:], scales, out, codec.bits, codec.bucket_size, mode_number(mode))
+        scales, codes = self._parts(payload, out.size)
+        number = mode_number(mode)
+
+        def call(start: int, stop: int) -> None:
+            packed, part = codes[self._codes(start, stop)], out[self._elements(start, stop)]
+            decode(packed, scales[start:stop], part, codec.bits, codec.bucket_size, number)
+
+        in_parts(out.size, codec.bucket_size, call)
 
     def average_into(self, message: np.ndarray, spans: Sequence[tuple[int, int]], out: np.ndarray) -> None:
         codec = self.codec
         for start, stop in spans:
             codec.check_payload(message[start:stop], out.size)
-        starts = np.array([start for start, _ in spans], np.int64)
-        average(message, starts, 4 * codec.buckets(out.size), out, codec.bits, codec.bucket_size)
+        scales = np.array([start for start, _ in spans], np.int64)
+        codes = scales + 4 * codec.buckets(out.size)
+
+        def call(start: int, stop: int) -> None:
+            begin = self._codes(start, stop).start
+            part = out[self._elements(start, stop)]
+            average(message, scales + 4 * start, codes + begin, part, codec.bits, codec.bucket_size)
+
+        in_parts(out.size, codec.bucket_size, call)
 
     def all_finite(self, x: np.ndarray) -> bool:
         return all_finite(x)
 
     def agree_into(self, x: np.ndarray, out: np.ndarray) -> None:
-        agree(x, out, self.codec.bucket_size, self.codec.norm == "l2")
+        codec = self.codec
+
+        def call(start: int, stop: int) -> None:
+            agree(x[self._elements(start, stop)], out[start:stop], codec.bucket_size, codec.norm == "l2")
+
+        in_parts(x.size, codec.bucket_size, call)
 
     def to_lanes(
         self, x: np.ndarray, agreed: np.ndarray, ranks: int, out: np.ndarray, key: int = 0, first: int = 0
     ) -> None:
         codec = self.codec
-        _, stochastic, low, high, word = self._draw(key, first)
         width = codec.lane_width(ranks)
-        scales = agreed.view(np.float32)
-        to_lanes(x, scales, width, out, codec.bits, codec.bucket_size, stochastic, low, high, word)
+        scales, words = agreed.view(np.float32), codec.lanes_length(codec.bucket_size, ranks)
+
+        def call(start: int, stop: int) -> None:
+            _, stochastic, *draw = self._draw(key, first, start)
+            part, lanes = x[self._elements(start, stop)], out[start * words : stop * words]
+            to_lanes(part, scales[start:stop], width, lanes, codec.bits, codec.bucket_size, stochastic, *draw)
+
+        in_parts(x.size, codec.bucket_size, call)
 
     def from_lanes(self, sums: np.ndarray, agreed: np.ndarray, ranks: int, out: np.ndarray, count: int) -> None:
         codec = self.codec
         width = codec.lane_width(ranks)
-        from_lanes(sums, agreed.view(np.float32), width, ranks, count, out, codec.bits, codec.bucket_size)
+        scales, words = agreed.view(np.float32), codec.lanes_length(codec.bucket_size, ranks)
 
-    def _draw(self, key: int, first: int) -> tuple[bool, bool, np.uint32, np.uint32, int]:
+        def call(start: int, stop: int) -> None:
+            part, lanes = out[self._elements(start, stop)], sums[start * words : stop * words]
+            from_lanes(lanes, scales[start:stop], width, ranks, count, part, codec.bits, codec.bucket_size)
+
+        in_parts(out.size, codec.bucket_size, call)
+
+    def _parts(self, payload: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and codes of the payload of ``length`` elements."""
+        cut = 4 * self.codec.buckets(length)
+        return payload[:cut].view("<f4"), payload[cut:]
+
+    def _elements(self, start: int, stop: int) -> slice:
+        """Where the elements of these buckets are; the last may end beyond the vector."""
+        return slice(start * self.codec.bucket_size, stop * self.codec.bucket_size)
+
+    def _codes(self, start: int, stop: int) -> slice:
+        """The same of their codes."""
+        size = self.codec.bucket_size // 8 * self.codec.bits
+        return slice(start * size, stop * size)
+
+    def _draw(self, key: int, first: int, bucket: int) -> tuple[bool, bool, np.uint32, np.uint32, int]:
         codec = self.codec
-        word = first // codec.bucket_size * (codec.bucket_size // 2)
+        word = (first // codec.bucket_size + bucket) * (codec.bucket_size // 2)
         stochastic = codec.rounding == "stochastic"
         return codec.norm == "l2", stochastic, np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32), word
