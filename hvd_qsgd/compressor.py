@@ -255,7 +255,7 @@ class CompressorBase:
         return ""
 
     def _use_threads(self, local_ranks: int, most: int) -> None:
-        """Let kernels use as many threads as the user said, or as each rank of this machine has cores, up to ``most``."""
+        """Let kernels use the threads that the user wants, or the cores of a rank of this machine, up to ``most``."""
         use_threads(self.threads or min(owned_cores(local_ranks), most))
 
     def _place(self) -> tuple[int, int]:
