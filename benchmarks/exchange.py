@@ -115,7 +115,8 @@ def main() -> None:
     if arguments.methods is None:
         arguments.methods = ["none", "fp16", "qsgd8", "qsgd4", "qsgd2", "qsgd4-scatter", "qsgd4-allreduce", "topk"]
         if arguments.workload == "resnet50":
-            arguments.methods = ["local", "none", "fp16", "qsgd8", "qsgd4", "topk", "ddp", "ddp-fp16"]
+            arguments.methods = ["local", "none", "fp16", "qsgd8", "qsgd4", "topk", "powersgd", "ddp", "ddp-fp16"]
+            arguments.methods += ["ddp-powersgd"]
     if arguments.quick:
         arguments.elements, arguments.repeats, arguments.methods = 1_000_000, 3, ["none", "qsgd4", "topk"]
     try:

@@ -30,6 +30,9 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     # Of torch, in training steps only: what PyTorch itself offers.
     "ddp": lambda module: module.peers.plain,
     "ddp-fp16": lambda module: module.peers.fp16,
+    "ddp-powersgd": lambda module: module.peers.powersgd,
+    # Of this package, with the same rank.
+    "powersgd": lambda module: module.PowerSGDCompressor(4),
 }
 
 

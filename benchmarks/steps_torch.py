@@ -10,10 +10,11 @@ import peers
 import torch
 from resnet50 import ResNet50
 
-from hvd_qsgd.torch import CastCompressor, QSGDCompressor, TopKCompressor
+from hvd_qsgd.torch import CastCompressor, PowerSGDCompressor, QSGDCompressor, TopKCompressor
 
 __all__ = [
     "CastCompressor",
+    "PowerSGDCompressor",
     "QSGDCompressor",
     "TopKCompressor",
     "barrier",
