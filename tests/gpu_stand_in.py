@@ -3,7 +3,7 @@
 Tensors say that they are on ``cuda:0`` and hold a tensor of the CPU. Each operation belongs to the stream that is
 current when it is called, as on a GPU, and vector clocks say what it is ordered after:
 
-* reading what another stream wrote, or writing what another stream uses, without waiting for it, is a :class:`RaceError`;
+* reading what another stream wrote, or writing what another stream uses, without waiting, is a :class:`RaceError`;
 * memory that is freed while it was used on another stream than the one it comes from, and was not recorded
   there, is one as well;
 * what would make the host wait for the device (``item()``, ``cpu()``, ``nonzero()``, a copy that is not from or to

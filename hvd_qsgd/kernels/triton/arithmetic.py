@@ -82,7 +82,7 @@ def levels_at(  # type: ignore[no-untyped-def]
     STOCHASTIC: tl.constexpr,
 ):
     """Elements ``index`` of buckets ``rows``, which begin at ``source``, as levels plus s; see ``QSGD._fractions``."""
-    values = tl.load(source + index, mask=present, other=0.0).to(tl.float32)
+    values = load_values(source + index, present)
     if STOCHASTIC:
         half = (length + 1) // 2
         late = index >= half
@@ -135,9 +135,26 @@ def store_scales(pointer, rows, scales, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def load_values(source, inside):  # type: ignore[no-untyped-def]
+    """float32 of what is there: float32, float16 or bfloat16; 0 where not ``inside``."""
+    values = tl.load(source, mask=inside, other=0.0)
+    if values.dtype == tl.bfloat16:
+        # By its bits, which keeps subnormals whatever a conversion does with them.
+        return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
 def store_values(target, values, inside):  # type: ignore[no-untyped-def]
     """Store float32 values, rounded to the type that is there, ties to even."""
-    tl.store(target, values.to(target.dtype.element_ty), mask=inside)
+    if target.dtype.element_ty == tl.bfloat16:
+        bits = bits_of(values)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where((bits & ABS_MASK) > INFINITY_BITS, NAN_BITS >> 16, rounded)
+        tl.store(target, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+    else:
+        tl.store(target, values.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit

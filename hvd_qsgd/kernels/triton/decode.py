@@ -10,6 +10,7 @@ from hvd_qsgd.kernels.triton.arithmetic import (
     code_bytes,
     dequantize,
     load_scales,
+    load_values,
     plane_stride,
     store_values,
 )
@@ -64,9 +65,9 @@ def decode(  # type: ignore[no-untyped-def]
     values = payload_values(scales_in, codes_in, rows, index, within, inside, length, unit, BITS, ALIGNED)
     target = out + rows.to(tl.int64)[:, None] * length + index
     if MODE == "add":
-        values = tl.load(target, mask=inside).to(tl.float32) + values
+        values = load_values(target, inside) + values
     elif MODE == "subtract":
-        values = tl.load(target, mask=inside).to(tl.float32) - values
+        values = load_values(target, inside) - values
     elif MODE == "average":
         for _ in range(1, ranks):
             scales_in += step

@@ -14,6 +14,7 @@ from hvd_qsgd.kernels.triton.arithmetic import (
     factors,
     levels_at,
     load_scales,
+    load_values,
     plane_stride,
     random_word,
     round_up,
@@ -57,7 +58,7 @@ def encode_buckets(  # type: ignore[no-untyped-def]
     values = ()
     magnitudes = tl.zeros([ROWS, COLUMNS], tl.int32)
     for part in tl.static_range(8):
-        value = tl.load(source + part * PART, mask=inside, other=0.0).to(tl.float32)
+        value = load_values(source + part * PART, inside)
         values = values + (value,)  # type: ignore[assignment]
         magnitudes = tl.maximum(magnitudes, bits_of(value) & ABS_MASK)
     scales = scale_of(tl.max(magnitudes, axis=1))
@@ -114,7 +115,7 @@ def bucket_scales(  # type: ignore[no-untyped-def]
         sums = tl.zeros([ROWS, NORM_LANES], tl.float64)
         for start in range(0, length, NORM_LANES):
             inside = within[:, None] & (start + lanes < length)
-            value = tl.load(source + start + lanes, mask=inside, other=0.0).to(tl.float64)
+            value = load_values(source + start + lanes, inside).to(tl.float64)
             sums += value * value
         sums = tl.sum(tl.reshape(sums, [ROWS, 2, 8]), axis=1)
         sums = tl.sum(tl.reshape(sums, [ROWS, 2, 4]), axis=1)
@@ -126,7 +127,7 @@ def bucket_scales(  # type: ignore[no-untyped-def]
         magnitudes = tl.zeros([ROWS, COLUMNS], tl.int32)
         for start in range(0, length, COLUMNS):
             inside = within[:, None] & (start + columns < length)
-            value = tl.load(source + start + columns, mask=inside, other=0.0).to(tl.float32)
+            value = load_values(source + start + columns, inside)
             magnitudes = tl.maximum(magnitudes, bits_of(value) & ABS_MASK)
         scales = scale_of(tl.max(magnitudes, axis=1))
     store_scales(out, rows, scales, within)
