@@ -227,7 +227,7 @@ def as_bytes(array: Any) -> Any:
 def write_words(message: Any, words: Sequence[int]) -> None:
     """Put little-endian uint32 words at the start of a message of any backend's bytes."""
     data = little_endian(words)
-    message[: len(data)] = np.frombuffer(data, np.uint8) if isinstance(message, np.ndarray) else _sent(message, data)
+    message[: len(data)] = np.frombuffer(data, np.uint8) if isinstance(message, np.ndarray) else sent(message, data)
 
 
 def read_words(message: Any, name: str) -> Generator[Request, Any, list[int]]:
@@ -237,7 +237,8 @@ def read_words(message: Any, name: str) -> Generator[Request, Any, list[int]]:
     return [int(word) for word in np.frombuffer(head.tobytes()[: len(head) // 4 * 4], "<u4")]
 
 
-def _sent(like: Any, data: bytes) -> Any:
+def sent(like: Any, data: bytes) -> Any:
+    """Bytes on the device of a tensor, for which nobody waits."""
     from hvd_qsgd.kernels.torch.transfer import to_device
 
     return to_device(data, like.device)

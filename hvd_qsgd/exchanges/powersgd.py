@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, all_finite, ring_bytes
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, all_finite, ring_bytes, sent
 from hvd_qsgd.exchanges.linear import CHECK_BITS, checked_sum
 from hvd_qsgd.random_words import words
 
@@ -121,8 +121,10 @@ def _start(codec: PowerSGD, piece: Piece, rows: int, columns: int) -> Any:
         # After a checkpoint it may be an array of another library, or on another device.
         return np.asarray(factor) if isinstance(piece.x, np.ndarray) else factor.to(piece.x.device)
     drawn = words(piece.key(), 0, columns * codec.rank).astype(np.float64) / 2**31 - 1
-    start = drawn.astype(np.float32).reshape(columns, codec.rank)
-    return start if isinstance(piece.x, np.ndarray) else piece.x.new_tensor(start)
+    start = drawn.astype(np.float32)
+    if not isinstance(piece.x, np.ndarray):
+        start = sent(piece.x, start.tobytes()).view(piece.x.dtype)
+    return start.reshape(columns, codec.rank)
 
 
 def _packed(job: Job, head: list[int], parts: list[Any]) -> Any:

@@ -12,7 +12,15 @@ import torch
 from gpu_stand_in import WORLD, HostWaitsError, RaceError, Stream, far
 from rank_checks import normal
 
-from hvd_qsgd.torch import QSGDCompressor, TopKCompressor
+from hvd_qsgd.torch import (
+    CastCompressor,
+    IdentityCompressor,
+    PowerSGDCompressor,
+    QSGDCompressor,
+    RandomKCompressor,
+    SignCompressor,
+    TopKCompressor,
+)
 from hvd_qsgd.torch import compressor as compressor_module
 from hvd_qsgd.torch.streams import bring, on_own_stream, own_stream
 
@@ -51,6 +59,18 @@ def test_results_are_those_of_the_cpu_without_a_race_and_the_host_does_not_wait(
         assert bool(horovod.on_the_device) == ("nccl" in path)
         del compressor
         gc.collect()
+
+
+@pytest.mark.parametrize(
+    "compressor", [SignCompressor, CastCompressor, IdentityCompressor, RandomKCompressor, PowerSGDCompressor]
+)
+def test_other_codecs_do_not_make_the_host_wait_either(compressor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [normal(SHAPE, seed) for seed in range(2)]
+    expected = averages(compressor(), inputs)
+    with stand_in.gpu(monkeypatch):
+        results = averages(compressor(), [far(x) for x in inputs])
+    for result, mean in zip(results, expected):
+        assert torch.allclose(result.inner, mean, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
