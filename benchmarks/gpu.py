@@ -37,6 +37,9 @@ HERE = Path(__file__).resolve().parent
 RANKS = 4
 CODECS = (QSGD(2), QSGD(4), QSGD(8), QSGD(4, norm="l2"), QSGD(7, 4096), QSGD(4, rounding="nearest"), TopK(0.01))
 
+#: Bits, and the type of the gradient, of the kernels that are timed.
+KINDS = [(2, torch.float32), (4, torch.float32), (8, torch.float32), (4, torch.float16), (4, torch.bfloat16)]
+
 
 def check(backend: str, device: torch.device, length: int) -> int:
     """Compare what the device makes with the specification, bit for bit; returns the number of inputs."""
@@ -63,7 +66,7 @@ def kernel_calls(codec: QSGD, backend: str, x: torch.Tensor) -> dict[str, tuple[
     agreed = torch.zeros(codec.agreement_length(len(x)), dtype=torch.int32, device=x.device)
     words = torch.zeros(codec.lanes_length(len(x), RANKS), dtype=torch.int32, device=x.device)
     kernels.agree_into(x, agreed)
-    values, payload, lanes = 4 * len(x), message[:size], 4 * len(words)
+    values, payload, lanes = x.element_size() * len(x), message[:size], 4 * len(words)
     return {
         "encode": (values + size, lambda: kernels.encode_into(x, payload)),
         "decode": (values + size, lambda: kernels.decode_into(payload, out)),
@@ -99,12 +102,12 @@ def bandwidth(backends: list[str], device: torch.device, length: int, repeats: i
     copied = 8 * length / seconds(lambda: copy.copy_(x), device, repeats)
     rows = []
     for backend in backends:
-        for bits in (2, 4, 8):
-            for what, (moved, call) in kernel_calls(QSGD(bits), backend, x).items():
+        for bits, dtype in KINDS:
+            for what, (moved, call) in kernel_calls(QSGD(bits), backend, x.to(dtype)).items():
                 taken = seconds(call, device, repeats)
                 rate = moved / taken
-                row = {"backend": backend, "bits": bits, "what": what, "seconds": taken, "bytes_per_second": rate}
-                rows.append({**row, "fraction": rate / copied})
+                kind = {"backend": backend, "bits": bits, "dtype": str(dtype).removeprefix("torch."), "what": what}
+                rows.append({**kind, "seconds": taken, "bytes_per_second": rate, "fraction": rate / copied})
     return rows
 
 
@@ -122,12 +125,12 @@ def exchange(ranks: int, elements: int, repeats: int) -> dict[str, Any]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     if result["kernels"]:
-        table = Table(title=f"{result['device']}, {result['mib']:g} MiB of float32")
-        for column in ("kernels", "bits", "what", "ms", "GB/s", "of a copy"):
-            table.add_column(column, justify="left" if column in ("kernels", "what") else "right")
+        table = Table(title=f"{result['device']}, {result['mib'] / 4:g} Mi values")
+        for column in ("kernels", "bits", "of", "what", "ms", "GB/s", "of a copy"):
+            table.add_column(column, justify="left" if column in ("kernels", "of", "what") else "right")
         for row in result["kernels"]:
             numbers = (f"{row['seconds'] * 1e3:.3f}", f"{row['bytes_per_second'] / 1e9:.0f}", f"{row['fraction']:.2f}")
-            table.add_row(row["backend"], str(row["bits"]), row["what"], *numbers)
+            table.add_row(row["backend"], str(row["bits"]), row["dtype"], row["what"], *numbers)
         console.print(table)
     if result["exchange"]:
         table = Table(title=f"{result['ranks']} ranks, {result['elements'] / 1e6:g} M values")

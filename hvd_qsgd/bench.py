@@ -48,7 +48,7 @@ def codec_speeds() -> list[CodecSpeed]:
     """A memcpy and the codecs, on normally distributed numbers; the medians of a few calls on 4 MiB."""
     x = np.random.default_rng(0).standard_normal(PROBE_ELEMENTS).astype(np.float32)
     out = np.empty_like(x)
-    copied = x.nbytes / median_time(lambda: np.copyto(out, x))
+    copied = x.nbytes / median_time(lambda: np.copyto(out, x), out)
     speeds = [CodecSpeed("memcpy", 1.0, copied, copied)]
     for name, codec in BENCHED.items():
         kernels = kernels_for(codec, "numba")

@@ -284,14 +284,18 @@ class CompressorBase:
         record.payload_bytes += raw
         record.wire_bytes += ring_bytes(raw, ranks)
 
-    def _settle(self, key: str, tensor: Tensor, corrected: Any, mean: Any, kernels: Kernels) -> None:
+    def _settle(
+        self, key: str, tensor: Tensor, corrected: Any, mean: Any, kernels: Kernels, finite: bool | None = None
+    ) -> None:
         """After an exchange: make what it left of ``corrected`` the memory, and show the mean to the policy.
 
         A step whose gradient is not finite will be skipped: what was fed back must not be lost with it.
+        ``finite`` says whether the mean is, if that is known.
         """
         if corrected is None and not self.policy.observes:
             return
-        finite = kernels.all_finite(mean)
+        if finite is None:
+            finite = kernels.all_finite(mean)
         if corrected is not None:
             settle = self.feedback.keep if finite else self.feedback.discard
             settle(key, corrected, mean)

@@ -111,7 +111,7 @@ def agree_on_largest(values: Sequence[float], empty: Empty, name: str) -> Genera
     # Such floats order like their bit patterns.
     words[:] = _like(words, np.array(values, np.float32).view(np.int32))
     words = yield AllReduce(f"{name}.agreed", words, "max")
-    return np.array([int(word) for word in words], np.int32).view(np.float32).astype(float).tolist()
+    return np.array(words.tolist(), np.int32).view(np.float32).astype(float).tolist()
 
 
 def _probe(collective: Callable[..., Request], size: int, ranks: int, empty: Empty, name: str) -> Request:
@@ -140,8 +140,8 @@ def measure_codec(kernels: Kernels, empty: Empty) -> tuple[float, float, float]:
     x[:] = _like(x, np.resize(np.random.default_rng(0).standard_normal(4096).astype(np.float32), length))
     payload = empty(codec.payload_size(length), "uint8")
     size = kernels.encode_into(x, payload)
-    encode = median_time(lambda: kernels.encode_into(x, payload)) / length
-    decode = median_time(lambda: kernels.decode_into(payload[:size], out)) / length
+    encode = median_time(lambda: kernels.encode_into(x, payload), payload) / length
+    decode = median_time(lambda: kernels.decode_into(payload[:size], out), out) / length
     if "allreduce" not in codec.exchanges:
         return encode, decode, 0.0
     lanes_kernels: Any = kernels
@@ -153,15 +153,19 @@ def measure_codec(kernels: Kernels, empty: Empty) -> tuple[float, float, float]:
         lanes_kernels.to_lanes(x, agreed, 2, words)
         lanes_kernels.from_lanes(words, agreed, 2, out, 2)
 
-    return encode, decode, median_time(through_lanes) / length
+    return encode, decode, median_time(through_lanes, out) / length
 
 
-def median_time(call: Callable[[], object]) -> float:
-    """Seconds of a call: the median of a few, after one to warm up."""
+def median_time(call: Callable[[], object], made: Any) -> float:
+    """Seconds of a call: the median of a few, after one to warm up.
+
+    Reading a value of what it ``made`` waits for the device on which it is made.
+    """
     times = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
         call()
+        made[:1].tolist()
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:])
 

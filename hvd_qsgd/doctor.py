@@ -35,7 +35,7 @@ def examine() -> list[Finding]:
     findings += [_framework("torch", torch), _tensorflow(tensorflow)]
     if torch is None and tensorflow is None:
         findings.append(Finding("frameworks", BAD, "neither torch nor TensorFlow", "pip install hvd-qsgd[torch]"))
-    findings += [_horovod(), *_build(), _mpi(), *_gpu(), _loopback()]
+    findings += [_horovod(), *_build(), _mpi(), *_gpu(), *_gpu_collectives(), _loopback()]
     return findings
 
 
@@ -139,6 +139,21 @@ def _gpu_kernels() -> Finding:
         return Finding("GPU kernels", GOOD, f"Triton {distribution_version('triton')}, its bytes compared just now")
     remedy = "pip install hvd-qsgd[gpu], and a C compiler, which Triton needs; results are the same without."
     return Finding("GPU kernels", WARNING, f"torch operations, which are slower: {fault}", remedy)
+
+
+def _gpu_collectives() -> list[Finding]:
+    """How payloads travel between GPUs, if torch sees one."""
+    try:
+        import torch
+        from horovod.torch import nccl_built
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    if nccl_built():
+        return [Finding("GPU collectives", GOOD, "NCCL, from GPU to GPU")]
+    remedy = "hvd-qsgd install-horovod --gpu --force"
+    return [Finding("GPU collectives", WARNING, "Horovod has no NCCL: payloads go through pinned host memory", remedy)]
 
 
 def _loopback(path: Path = Path("/sys/class/net/lo/mtu")) -> Finding:

@@ -242,6 +242,52 @@ def check_lanes(codec: QSGD, kernels: Any, x: np.ndarray, ranks: int, key: int =
             check_guards(made)
 
 
+def check_halves(codec: QSGD, kernels: Any, x: np.ndarray, dtype: str, key: int = 0, ranks: int = 3) -> None:
+    """Kernels over torch tensors take half precision for the values that it stands for, and round once to it."""
+    import torch
+
+    half = getattr(torch, dtype)
+    source = torch.from_numpy(x).to(half)
+    values = source.to(torch.float32).numpy()
+
+    def rounded(specified: np.ndarray) -> np.ndarray:
+        return torch.from_numpy(specified).to(half).to(torch.float32).numpy()
+
+    def check(made: torch.Tensor, specified: np.ndarray) -> None:
+        check_same_bits(made.to(torch.float32).numpy(), rounded(specified))
+
+    payload = codec.encode(values, key)
+    made = torch.full((len(payload) + GUARD,), FILLER, dtype=torch.uint8)
+    kernels.encode_into(source, made, key)
+    check_same_bits(made.numpy(), np.append(payload, np.full(GUARD, FILLER, np.uint8)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for mode in MODES:
+            expected, out = values.copy(), source.clone()
+            codec.decode_into(payload, expected, mode)
+            kernels.decode_into(made[: len(payload)], out, mode)
+            check(out, expected)
+        for gap in (0, 3):
+            message = np.tile(np.append(payload, np.zeros(gap, np.uint8)), ranks)
+            spans = [(r * (len(payload) + gap), r * (len(payload) + gap) + len(payload)) for r in range(ranks)]
+            spans[-1] = spans[0] if gap else spans[-1]
+            expected, out = np.empty_like(values), torch.empty_like(source)
+            codec.average_into(message, spans, expected)
+            kernels.average_into(torch.from_numpy(message), spans, out)
+            check(out, expected)
+        agreed, lanes = codec.agreement_length(x.size), codec.lanes_length(x.size, ranks)
+        specified, found = (
+            [np.zeros(agreed, np.int32), np.zeros(lanes, np.int32), np.zeros(x.size, np.float32)],
+            [torch.zeros(agreed, dtype=torch.int32), torch.zeros(lanes, dtype=torch.int32), torch.zeros_like(source)],
+        )
+        for implementation, array, (scales, words, means) in ((codec, values, specified), (kernels, source, found)):
+            implementation.agree_into(array, scales)
+            implementation.to_lanes(array, scales, ranks, words, key)
+            implementation.from_lanes(words, scales, ranks, means, 1)
+    for one, other in zip(found[:2], specified[:2]):
+        check_same_bits(one.numpy(), other)
+    check(found[2], specified[2])
+
+
 # -- exchanges --------------------------------------------------------------------------------
 
 

@@ -63,6 +63,20 @@ def test_doctor_knows_the_loopback_trap(tmp_path: Path) -> None:
     assert doctor._loopback(tmp_path / "none").state == doctor.GOOD
 
 
+@pytest.mark.parametrize(("version", "state"), [(0, doctor.WARNING), (21805, doctor.GOOD)])
+def test_doctor_says_how_payloads_travel_between_gpus(
+    version: int, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import horovod.torch as hvd
+    import torch
+
+    assert doctor._gpu_collectives() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(hvd, "nccl_built", lambda: version)
+    (finding,) = doctor._gpu_collectives()
+    assert finding.state == state and ("pinned host memory" in finding.found) == (not version)
+
+
 def test_doctor_says_which_kernels_serve_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA A100 (UUID: GPU-1)'\n")

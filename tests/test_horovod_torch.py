@@ -11,11 +11,13 @@ from launch import Outcome, check, compile_kernels, launch, launch_pytest
 INNER = Path(__file__).resolve().parent / "horovod_torch"
 #: These leave Horovod unfit for the tests that follow, and have a job of their own.
 ALONE = ["test_join.py", "test_refusals.py"]
-#: Further codecs, feedback, policies, state, monitors, and long runs: once in full.
+#: Further codecs, feedback, policies, state, monitors, a GPU's stand-in, and long runs: once in full.
 FAMILY = [
     "test_family.py",
     "test_feedback_kinds.py",
+    "test_gpu_stand_in.py",
     "test_memory.py",
+    "test_mixed_precision.py",
     "test_monitor.py",
     "test_policies.py",
     "test_state.py",

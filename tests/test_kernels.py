@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from checkers import (
     FILLER,
+    check_halves,
     check_kernels,
     check_lanes,
     check_same_bits,
@@ -295,6 +296,37 @@ def test_kernel_check_fails_if_the_input_is_changed() -> None:
 
     with pytest.raises(AssertionError, match="bytes differ"):
         check_kernels(Identity(), Greedy(), gauss(9))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("codec", [QSGD(), QSGD(5, 72, "l2"), QSGD(3, 64, rounding="nearest")], ids=str)
+def test_torch_operations_take_half_precision_as_it_is(codec: QSGD, dtype: str) -> None:
+    kernels = kernels_for(codec, "torch")
+    assert kernels.halves and not kernels_for(codec, "numba").halves
+    for x in [*hard_arrays().values(), gauss(1030)]:
+        check_halves(codec, kernels, x, dtype)
+
+
+@pytest.mark.parametrize(
+    "function", ["encode_into", "decode_into", "average_into", "agree_into", "to_lanes", "from_lanes"]
+)
+def test_half_precision_check_fails_on_one_flipped_bit(function: str) -> None:
+    import torch
+
+    class Flipped(FlippedBit):
+        def __getattr__(self, name: str) -> Any:
+            original = getattr(self.codec, name)
+
+            def wrong(*arguments: Any) -> None:
+                original(*arguments)
+                out = arguments[{"average_into": 2, "to_lanes": 3, "from_lanes": 3}.get(name, 1)]
+                out.view(torch.uint8)[9] ^= 1
+
+            return wrong if name == self.function else original
+
+    kernels: Any = kernels_for(QSGD(), "torch")
+    with pytest.raises(AssertionError, match="bytes differ"):
+        check_halves(QSGD(), Flipped(kernels, function, 0), gauss(1030), "float16")
 
 
 # -- finding kernels ------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     found = json.loads(output.read_text())
     assert found["backend"] == "triton" and found["compared"] == 21
     calls = ["encode", "decode", "decode and add", "average of 4", "to lanes", "from lanes"]
-    assert [row["what"] for row in found["kernels"]] == calls * 3 * 2
+    assert [row["what"] for row in found["kernels"]] == calls * 5 * 2
+    assert {row["dtype"] for row in found["kernels"]} == {"float32", "float16", "bfloat16"}
     assert found["ranks"] == 2
     assert list(found["exchange"]) == ["none", "fp16", "qsgd8", "qsgd4", "qsgd4-scatter", "qsgd4-allreduce"]
     assert all(row["seconds"] > 0 for row in [*found["kernels"], *found["exchange"].values()])

@@ -81,6 +81,7 @@ def run_torch(name: str, jobs: list[Job]) -> None:
 
     from hvd_qsgd.collectives.simulated import perform
     from hvd_qsgd.exchanges import EXCHANGES
+    from hvd_qsgd.exchanges.base import ToHost
 
     steps = [EXCHANGES[name](job) for job in jobs]
     outcomes: list[Any] = [None] * len(jobs)
@@ -95,7 +96,8 @@ def run_torch(name: str, jobs: list[Job]) -> None:
             requests.append(request)
         if not requests:
             return
-        outcomes = [torch.from_numpy(outcome) for outcome in perform(requests, len(jobs))]
+        on_host = isinstance(requests[0], ToHost)
+        outcomes = [o if on_host else torch.from_numpy(o) for o in perform(requests, len(jobs))]
 
 
 def gradients(number: int, ranks: int, shapes: Any = SHAPES) -> list[list[np.ndarray]]:

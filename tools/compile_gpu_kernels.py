@@ -5,7 +5,7 @@
 
 The kernels are those that the package would launch: the launches are recorded and compiled for
 another device. Prints registers, spills, shared memory, the widest loads and stores, and the time
-that moving the bytes of 64 MiB of float32 takes at the memory's bandwidth. Fails if a kernel spills,
+that moving the bytes of 2^24 values (64 MiB of float32) takes at the memory's bandwidth. Fails if a kernel spills,
 if a load or store that should have 16 bytes has fewer, or if something would change bits: a fused
 multiply-add, flushed subnormals, an approximate division or square root.
 """
@@ -57,6 +57,8 @@ WIDE = {
 }
 AMD_WIDTHS = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 CODECS = (QSGD(4), QSGD(7), QSGD(8), QSGD(4, norm="l2"))
+#: Of gradients; the last two for 4 bits only.
+TYPES = {torch.float32: "", torch.float16: " float16", torch.bfloat16: " bfloat16"}
 RANKS = 4
 
 
@@ -122,7 +124,8 @@ def compile_for(name: str, codecs: tuple[QSGD, ...] = CODECS, options: dict[str,
     reports: list[Report] = []
     original = qsgd.launch
     try:
-        for what, moved, work in [job for codec in codecs for job in jobs(codec)] + topk_jobs():
+        kinds = [(codec, dtype) for codec in codecs for dtype in TYPES if dtype == torch.float32 or codec == QSGD(4)]
+        for what, moved, work in [job for kind in kinds for job in jobs(*kind)] + topk_jobs():
             qsgd.launch = topk.launch = functools.partial(record, reports, name, what, moved, options)
             work()
     finally:
@@ -148,11 +151,11 @@ def record(
     reports.append(Report(kernel.fn.__name__, what, target, bytes_per_element=moved, **read(compiled, target)))
 
 
-def jobs(codec: QSGD) -> list[tuple[str, float, Callable[[], object]]]:
+def jobs(codec: QSGD, dtype: torch.dtype = torch.float32) -> list[tuple[str, float, Callable[[], object]]]:
     """What the kernels of a codec do: name, bytes moved per element, and a call."""
     length = 64 * codec.bucket_size
     kernels = qsgd.QSGDKernels(codec)
-    x, size = torch.zeros(length), codec.payload_size(length)
+    x, size, value = torch.zeros(length, dtype=dtype), codec.payload_size(length), dtype.itemsize
     # Behind a header of 4 bytes, as in the messages of the exchanges.
     message = torch.zeros(4 + RANKS * (size + 4), dtype=torch.uint8)[4:]
     payload = message[:size]
@@ -160,24 +163,24 @@ def jobs(codec: QSGD) -> list[tuple[str, float, Callable[[], object]]]:
     lanes = torch.zeros(codec.lanes_length(length, RANKS), dtype=torch.int32)
     spans = [(rank * (size + 4), rank * (size + 4) + size) for rank in range(RANKS)]
     code, lane = size / length, 4 * len(lanes) / length
-    name = f"{codec.bits} bits" + (" l2" if codec.norm == "l2" else "")
+    name = f"{codec.bits} bits" + (" l2" if codec.norm == "l2" else "") + TYPES[dtype]
     found: list[tuple[str, float, Callable[[], object]]] = [
-        (f"{name} encode", (8 if codec.norm == "l2" else 4) + code, lambda: kernels.encode_into(x, payload))
+        (f"{name} encode", (2 if codec.norm == "l2" else 1) * value + code, lambda: kernels.encode_into(x, payload))
     ]
     if codec.norm == "l2":
         return found
     found += [
-        (f"{name} decode", code + 4, lambda: kernels.decode_into(payload, x)),
-        (f"{name} decode, add", code + 8, lambda: kernels.decode_into(payload, x, "add")),
-        (f"{name} average of {RANKS}", RANKS * code + 4, lambda: kernels.average_into(message, spans, x)),
+        (f"{name} decode", code + value, lambda: kernels.decode_into(payload, x)),
+        (f"{name} decode, add", code + 2 * value, lambda: kernels.decode_into(payload, x, "add")),
+        (f"{name} average of {RANKS}", RANKS * code + value, lambda: kernels.average_into(message, spans, x)),
     ]
     if codec.bits == 4:
         found += [
-            (f"{name} scales", 4.0, lambda: kernels.agree_into(x, scales)),
-            (f"{name} to lanes", 4 + lane, lambda: kernels.to_lanes(x, scales, RANKS, lanes)),
-            (f"{name} from lanes", lane + 4, lambda: kernels.from_lanes(lanes, scales, RANKS, x, RANKS)),
+            (f"{name} scales", float(value), lambda: kernels.agree_into(x, scales)),
+            (f"{name} to lanes", value + lane, lambda: kernels.to_lanes(x, scales, RANKS, lanes)),
+            (f"{name} from lanes", lane + value, lambda: kernels.from_lanes(lanes, scales, RANKS, x, RANKS)),
             # A tail only: the kernel for buckets of any length.
-            (f"{name} tail", 8 + code, lambda: kernels.encode_into(x[:300], payload)),
+            (f"{name} tail", 2 * value + code, lambda: kernels.encode_into(x[:300], payload)),
         ]
     return found
 
@@ -260,7 +263,7 @@ def main() -> None:
         roofline = (f"{r.bytes_per_element:.2f}", f"{r.roofline_ms:.3f}")
         table.add_row(r.target, r.kernel, r.what, *map(str, numbers), *roofline)
     Console(width=130).print(table)
-    print(f"ms: the least time for {MIB} MiB of float32, at the memory's bandwidth")
+    print(f"ms: the least time for {MIB * 2**18} values ({MIB} MiB of float32), at the memory's bandwidth")
     if arguments.json:
         rows = [{**dataclasses.asdict(r), "roofline_ms": r.roofline_ms, "faults": r.faults()} for r in reports]
         arguments.json.write_text(json.dumps(rows, indent=1))

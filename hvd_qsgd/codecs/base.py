@@ -29,6 +29,9 @@ class Kernels(ABC):
 
     #: Whose payloads these functions make and read.
     codec: Codec
+    #: Whether ``x`` may be float16 or bfloat16, which counts as the float32 values that it stands for, and ``out`` too,
+    #: to which the float32 result is rounded once.
+    halves: ClassVar[bool] = False
 
     @abstractmethod
     def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hvd_qsgd.exchanges.base import AllGather, AllToAll, Request
+from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Request
 
 
 @dataclass
@@ -54,6 +54,7 @@ class MPICollectives:
             received = np.empty(int(sizes.sum()), np.uint8)
             pending = self.communicator.Ialltoallv([array, splits, MPI.BYTE], [received, sizes, MPI.BYTE])
             return MPIHandle(pending, lambda: (received, sizes.tolist()), (array,))
+        assert isinstance(request, AllReduce), "arrays of the host are never copied to it"
         reduced = np.empty_like(array)
         operation = MPI.MAX if request.op == "max" else MPI.SUM
         pending = self.communicator.Iallreduce(array, reduced, operation)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.errors import ExchangeError
-from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Request, Steps
+from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Request, Steps, ToHost
 
 
 def simulate(ranks: Sequence[Steps]) -> None:
@@ -50,6 +50,8 @@ def perform(requests: Sequence[Request], ranks: int) -> list[Any]:
         raise ExchangeError(
             f"The ranks ask for different collectives: {[(type(r).__name__, r.name) for r in requests]}"
         )
+    if isinstance(first, ToHost):
+        return [np.asarray(request.array) for request in requests]
     if isinstance(first, AllGather):
         gathered = np.concatenate([request.array for request in requests])
         return [gathered.copy() for _ in requests]

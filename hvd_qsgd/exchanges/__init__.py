@@ -77,4 +77,5 @@ def choose_exchange(exchange: str, codec: Codec, ranks: int) -> str:
 
 def start_exchange(exchange: str, job: Job) -> Steps:
     """The steps of an exchange by name, with the pieces joined if the codec encodes them as one."""
-    return joined(EXCHANGES[exchange], job) if job.codec.whole_buffer else EXCHANGES[exchange](job)
+    yield from joined(EXCHANGES[exchange], job) if job.codec.whole_buffer else EXCHANGES[exchange](job)
+    yield from job.finish()

@@ -11,7 +11,17 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work, ring_bytes
+from hvd_qsgd.exchanges.base import (
+    AllReduce,
+    Exchange,
+    Job,
+    Steps,
+    Work,
+    as_bytes,
+    read_words,
+    ring_bytes,
+    write_words,
+)
 
 FINGERPRINT_MAX = 0x7FFFFFFF
 
@@ -41,7 +51,8 @@ def allreduce(job: Job) -> Steps:
     lane_lengths = [codec.lanes_length(len(piece.x), job.ranks) for piece in job.pieces]
 
     agreed = job.empty(2 + sum(agreement_lengths), "int32")
-    agreed[0], agreed[1] = fingerprint, FINGERPRINT_MAX - fingerprint
+    agreement = [fingerprint, FINGERPRINT_MAX - fingerprint]
+    write_words(as_bytes(agreed), agreement)
     at = 2
     for piece, length in zip(job.pieces, agreement_lengths):
         kernels.agree_into(piece.x, agreed[at : at + length])
@@ -49,10 +60,9 @@ def allreduce(job: Job) -> Steps:
 
     agreed = yield AllReduce(f"{job.name}.scales", agreed, "max")
 
-    if (int(agreed[0]), int(agreed[1])) != (fingerprint, FINGERPRINT_MAX - fingerprint):
-        raise job.disagreement("the ranks do not agree on what they exchange")
+    job.expect(as_bytes(agreed[:2]), agreement, "the ranks do not agree on what they exchange")
     lanes = job.empty(1 + sum(lane_lengths), "int32")
-    lanes[0] = 1
+    lanes[:1] = 1
     scale_at, lane_at = 2, 1
     for piece, scale_length, lane_length in zip(job.pieces, agreement_lengths, lane_lengths):
         scales = agreed[scale_at : scale_at + scale_length]
@@ -70,7 +80,7 @@ def allreduce(job: Job) -> Steps:
 
     job.wire_bytes += ring_bytes(4 * (len(agreed) + len(lanes)), job.ranks)
     # Joined ranks count neither here nor in the carrier, whose product with this mean is right.
-    contributors = int(sums[0])
+    (contributors,) = yield from read_words(as_bytes(sums[:1]), f"{job.name}.contributors")
     scale_at, lane_at = 2, 1
     for piece, scale_length, lane_length in zip(job.pieces, agreement_lengths, lane_lengths):
         scales = agreed[scale_at : scale_at + scale_length]

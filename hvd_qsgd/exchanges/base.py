@@ -51,7 +51,18 @@ class AllReduce:
     op: str
 
 
-Request = Union[AllGather, AllToAll, AllReduce]
+@dataclass
+class ToHost:
+    """Copy the bytes of a device's array to the host, which waits for no other work; the outcome is a NumPy array.
+
+    Arrays of the host need none, and exchanges ask for none.
+    """
+
+    name: str
+    array: Any
+
+
+Request = Union[AllGather, AllToAll, AllReduce, ToHost]
 
 
 def phase_of(request: Request) -> str:
@@ -86,8 +97,9 @@ class Piece:
 
     Args:
         name: of the tensor.
-        x: what this rank contributes, flat float32.
-        out: receives the mean over ranks, flat float32; may be the memory of ``x`` unless
+        x: what this rank contributes, flat float32; or of a type that ``Kernels.halves`` allows, unless
+            ``keep_error``.
+        out: receives the mean over ranks, flat and of the type of ``x``; may be the memory of ``x`` unless
             ``keep_error``.
         stream, step: of the random words (see :mod:`hvd_qsgd.random_words`).
         first: position of ``x[0]`` in its tensor.
@@ -107,6 +119,8 @@ class Piece:
     memory: dict[str, Any] = field(default_factory=dict)
     #: Set by the exchange: the size of this rank's payload of the piece.
     payload_bytes: int = field(default=0, init=False)
+    #: Set with ``keep_error`` where ``out`` is on a device: whether it holds neither NaN nor an infinity.
+    finite: bool | None = field(default=None, init=False)
 
     def key(self, phase: int = 0) -> int:
         return key_of(self.stream, self.step, phase)
@@ -140,6 +154,8 @@ class Job:
     empty: Empty
     #: Set by the exchange: what this rank sends when collectives run as rings.
     wire_bytes: float = field(default=0, init=False)
+    #: Bytes on a device, those they must be, and what is wrong if they are not.
+    _expected: list[tuple[Any, bytes, str]] = field(default_factory=list, init=False)
 
     @property
     def payload_bytes(self) -> int:
@@ -153,6 +169,36 @@ class Job:
         """31 bits that differ when two ranks do not mean the same exchange."""
         shape = tuple((piece.name, piece.first, len(piece.x)) for piece in self.pieces)
         return _fingerprint(exchange, self.codec, shape, self.ranks)
+
+    def expect(self, found: Any, words: Sequence[int], detail: str) -> None:
+        """Raise ExchangeError unless the bytes of ``found`` are those of little-endian uint32 words.
+
+        What is on a device is only looked at by :meth:`finish`.
+        """
+        expected = little_endian(words)
+        if not isinstance(found, np.ndarray):
+            self._expected.append((found, expected, detail))
+        elif found.tobytes() != expected:
+            raise self.disagreement(detail)
+
+    def finish(self) -> Steps:
+        """The one look that the host takes at what an exchange left on a device, before anybody uses it.
+
+        Raises:
+            ExchangeError: other ranks sent something else than was expected of them.
+        """
+        kept = [piece for piece in self.pieces if piece.keep_error and not isinstance(piece.out, np.ndarray)]
+        parts = [*(found for found, _, _ in self._expected), *(finite_flag(piece.out) for piece in kept)]
+        if not parts:
+            return
+        seen = yield ToHost(f"{self.name}.seen", end_to_end(parts))
+        at = 0
+        for _, expected, detail in self._expected:
+            if seen[at : at + len(expected)].tobytes() != expected:
+                raise self.disagreement(detail)
+            at += len(expected)
+        for piece, flag in zip(kept, seen[at:]):
+            piece.finite = bool(flag)
 
     def disagreement(self, detail: str) -> ExchangeError:
         return ExchangeError(
@@ -168,18 +214,58 @@ def _fingerprint(exchange: str, codec: Codec, shape: tuple[tuple[str, int, int],
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
 
 
-def write_header(message: Any, value: int) -> None:
-    """Put a little-endian uint32 at the start of a message of any backend's bytes."""
-    for i in range(4):
-        message[i] = (value >> (8 * i)) & 0xFF
+def little_endian(words: Sequence[int]) -> bytes:
+    """Words below 2^32 as they stand in messages."""
+    return np.array(words, "<u4").tobytes()
 
 
-def read_words(message: Any, count: int) -> list[int]:
-    """The first ``count`` little-endian uint32 of a message of any backend's bytes."""
-    head = message[: 4 * count]
-    if not isinstance(head, np.ndarray):
-        head = head.cpu().numpy()
-    return [int(word) for word in np.frombuffer(head.tobytes(), "<u4")]
+def as_bytes(array: Any) -> Any:
+    """The memory of an array of any backend, uint8."""
+    return array.view(np.uint8) if isinstance(array, np.ndarray) else array.view(_torch().uint8)
+
+
+def write_words(message: Any, words: Sequence[int]) -> None:
+    """Put little-endian uint32 words at the start of a message of any backend's bytes."""
+    data = little_endian(words)
+    message[: len(data)] = np.frombuffer(data, np.uint8) if isinstance(message, np.ndarray) else sent(message, data)
+
+
+def read_words(message: Any, name: str) -> Generator[Request, Any, list[int]]:
+    """The little-endian uint32 words of a message of any backend's bytes."""
+    head = message if isinstance(message, np.ndarray) else (yield ToHost(name, message))
+    # What came may be cut short.
+    return [int(word) for word in np.frombuffer(head.tobytes()[: len(head) // 4 * 4], "<u4")]
+
+
+def sent(like: Any, data: bytes) -> Any:
+    """Bytes on the device of a tensor, for which nobody waits."""
+    from hvd_qsgd.kernels.torch.transfer import to_device
+
+    return to_device(data, like.device)
+
+
+def end_to_end(parts: Sequence[Any]) -> Any:
+    """Arrays of a device as the bytes of one."""
+    return _torch().cat([as_bytes(part) for part in parts])
+
+
+def finite_flag(values: Any) -> Any:
+    """One byte on the device of some values: 1 if all are finite."""
+    return (abs(values) < float("inf")).all().view(1)
+
+
+def all_finite(job: Job, arrays: Sequence[Any]) -> Generator[Request, Any, list[bool]]:
+    """Which of some arrays hold neither NaN nor an infinity; one copy to the host for all of them."""
+    if not arrays or isinstance(arrays[0], np.ndarray):
+        return [job.kernels.all_finite(array) for array in arrays]
+    flags = yield ToHost(f"{job.name}.finite", end_to_end([finite_flag(array) for array in arrays]))
+    return [bool(flag) for flag in flags]
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
 
 
 def ring_bytes(size: int, ranks: int) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from hvd_qsgd.codecs.intsgd import IntSGD
 from hvd_qsgd.exchanges.allreduce import allreduce
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
-from hvd_qsgd.exchanges.linear import CHECK_BITS
+from hvd_qsgd.exchanges.linear import CHECK_BITS, checked_sum
 from hvd_qsgd.kernels import kernels_of
 
 
@@ -26,6 +26,7 @@ def intsgd(job: Job) -> Steps:
     if not all(piece.memory.get("square") for piece in job.pieces):
         first = Job(job.name, job.pieces, kernels_of(codec.first_grid, job.pieces[0].x), job.rank, job.ranks, job.empty)
         yield from allreduce(first)
+        yield from first.finish()
         job.wire_bytes += first.wire_bytes
         for piece in job.pieces:
             _learn(job, piece, codec.beta)
@@ -59,9 +60,7 @@ def intsgd(job: Job) -> Steps:
     sums = yield AllReduce(f"{job.name}.integers", message, "sum")
 
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
-    contributors = int(sums[0])
-    if int(sums[1]) != contributors * check:
-        raise job.disagreement("the ranks do not agree on what they add up")
+    contributors = yield from checked_sum(job, sums, check)
     at = 2
     for piece, scale, length in zip(job.pieces, scales, lengths):
         if int(sums[at]):

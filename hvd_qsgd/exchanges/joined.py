@@ -27,6 +27,7 @@ def joined(exchange: Callable[[Job], Steps], job: Job) -> Steps:
         at += length
     inner = Job(job.name, [whole], job.kernels, job.rank, job.ranks, job.empty)
     yield from exchange(inner)
+    yield from inner.finish()
     job.wire_bytes += inner.wire_bytes
     at = 0
     for piece, length in zip(job.pieces, lengths):

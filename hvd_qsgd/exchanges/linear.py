@@ -8,9 +8,12 @@ allreduce, which gives all ranks the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any, Protocol
 
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work, ring_bytes
+import numpy as np
+
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Request, Steps, ToHost, Work, ring_bytes
 
 #: Bits of the fingerprint that go along: their sum over 4096 ranks is exact in float32.
 CHECK_BITS = 12
@@ -35,7 +38,7 @@ def linear(job: Job) -> Steps:
     check = job.fingerprint("linear") & ((1 << CHECK_BITS) - 1)
     lengths = [codec.sum_length(len(piece.x)) for piece in job.pieces]
     message = job.empty(2 + sum(lengths), codec.sum_dtype)
-    message[0], message[1] = 1, check
+    message[:1], message[1:2] = 1, check
     at = 2
     for piece, length in zip(job.pieces, lengths):
         words = message[at : at + length]
@@ -50,13 +53,25 @@ def linear(job: Job) -> Steps:
     sums = yield AllReduce(f"{job.name}.sum", message, "sum")
 
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
-    contributors = int(sums[0])
-    if int(sums[1]) != contributors * check:
-        raise job.disagreement("the ranks do not agree on what they add up")
+    contributors = yield from checked_sum(job, sums, check)
     at = 2
     for piece, length in zip(job.pieces, lengths):
         kernels.from_sum(sums[at : at + length], piece.out, contributors, piece.key(), piece.first)
         at += length
+
+
+def checked_sum(job: Job, sums: Any, check: int) -> Generator[Request, Any, int]:
+    """How many ranks contributed to a sum of [1, check word, ...].
+
+    Raises:
+        ExchangeError: ranks with other check words did.
+    """
+    head = sums[:2]
+    seen = head if isinstance(head, np.ndarray) else (yield ToHost(f"{job.name}.contributors", head))
+    contributors, checks = (int(number) for number in seen)
+    if checks != contributors * check:
+        raise job.disagreement("the ranks do not agree on what they add up")
+    return contributors
 
 
 def work(codec: Any, length: int, ranks: int) -> Work:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
-from hvd_qsgd.exchanges.linear import CHECK_BITS
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, all_finite, ring_bytes, sent
+from hvd_qsgd.exchanges.linear import CHECK_BITS, checked_sum
 from hvd_qsgd.random_words import words
 
 #: Share of a column's norm that float32 cannot tell from rounding.
@@ -40,9 +40,7 @@ def powersgd(job: Job) -> Steps:
     sums = yield AllReduce(f"{job.name}.p", message, "sum")
 
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
-    contributors = int(sums[0])
-    if int(sums[1]) != contributors * check:
-        raise job.disagreement("the ranks do not agree on what they add up")
+    contributors = yield from checked_sum(job, sums, check)
     left: list[Any] = []
     right: list[Any] = []
     for piece, shape, factor, total in zip(job.pieces, shapes, factors, _parts(sums[2:], parts)):
@@ -65,6 +63,7 @@ def powersgd(job: Job) -> Steps:
 
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     thin = iter(zip(_parts(sums, right), own))
+    found: list[tuple[Piece, Any]] = []
     for piece, shape, basis in zip(job.pieces, shapes, left):
         if basis is None:
             continue
@@ -74,7 +73,10 @@ def powersgd(job: Job) -> Steps:
         if piece.keep_error:
             piece.x -= (basis @ mine.reshape(shape[1], -1).T).reshape(-1)
         piece.out[...] = (basis @ factor.T).reshape(-1)
-        if job.kernels.all_finite(total):
+        found.append((piece, factor))
+    finite = yield from all_finite(job, [factor.reshape(-1) for _, factor in found])
+    for (piece, factor), usable in zip(found, finite):
+        if usable:
             piece.memory["q"] = factor
 
 
@@ -92,30 +94,37 @@ def orthogonalized(matrix: Any) -> Any:
     before = [_norm(matrix[:, i]) for i in range(matrix.shape[1])]
     for i in range(matrix.shape[1]):
         column = matrix[:, i]
-        norm = _norm(column)
-        if norm <= NEGLIGIBLE * before[i]:
-            column *= 0
-        else:
-            column /= norm
+        column /= _or_infinity(_norm(column), NEGLIGIBLE * before[i])
         if i + 1 < matrix.shape[1]:
             rest = matrix[:, i + 1 :]
             rest -= column[:, None] * (column @ rest)[None, :]
     return matrix
 
 
-def _norm(column: Any) -> float:
-    return float((column * column).sum()) ** 0.5
+def _norm(column: Any) -> Any:
+    """A number; of a tensor one that stays on its device."""
+    squares = (column * column).sum()
+    return float(squares) ** 0.5 if isinstance(column, np.ndarray) else squares.sqrt()
+
+
+def _or_infinity(norm: Any, limit: Any) -> Any:
+    """What makes zero of a column that is not longer than a limit."""
+    if isinstance(norm, float):
+        return math.inf if norm <= limit else norm
+    return norm.masked_fill(norm <= limit, math.inf)
 
 
 def _start(codec: PowerSGD, piece: Piece, rows: int, columns: int) -> Any:
     """Q of the step before, or random numbers in [-1, 1) that are the same on all ranks."""
     if "q" in piece.memory:
         factor = piece.memory["q"]
-        # After a checkpoint it may be an array of another library.
-        return np.asarray(factor) if isinstance(piece.x, np.ndarray) else piece.x.new_tensor(np.asarray(factor))
+        # After a checkpoint it may be an array of another library, or on another device.
+        return np.asarray(factor) if isinstance(piece.x, np.ndarray) else factor.to(piece.x.device)
     drawn = words(piece.key(), 0, columns * codec.rank).astype(np.float64) / 2**31 - 1
-    start = drawn.astype(np.float32).reshape(columns, codec.rank)
-    return start if isinstance(piece.x, np.ndarray) else piece.x.new_tensor(start)
+    start = drawn.astype(np.float32)
+    if not isinstance(piece.x, np.ndarray):
+        start = sent(piece.x, start.tobytes()).view(piece.x.dtype)
+    return start.reshape(columns, codec.rank)
 
 
 def _packed(job: Job, head: list[int], parts: list[Any]) -> Any:

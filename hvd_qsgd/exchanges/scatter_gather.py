@@ -6,7 +6,8 @@ Known as scatter-reduce-allgather in CGX (Markov et al., Middleware 2022, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from operator import gt
 from typing import Any
 
 from hvd_qsgd.codecs.base import Codec
@@ -15,13 +16,14 @@ from hvd_qsgd.exchanges.base import (
     AllToAll,
     Exchange,
     Job,
+    Request,
     Segment,
     Steps,
     Work,
     aligned,
     read_words,
     shards_of,
-    write_header,
+    write_words,
 )
 
 
@@ -51,7 +53,7 @@ def scatter_gather(job: Job) -> Steps:
 
     at, payloads = 0, []
     for rank, size in enumerate(received_sizes):
-        spans, end = messages.read(own, received, at, rank)
+        spans, end = yield from messages.read(own, received, at, rank)
         at += size
         if end != at:
             raise job.disagreement(f"rank {rank} sent {size} bytes where {end - at + size} were expected")
@@ -61,6 +63,9 @@ def scatter_gather(job: Job) -> Steps:
 
     def average(segment: Segment, room: Any) -> int:
         piece, mean = segment.piece, segment.of(segment.piece.out)
+        if mean.dtype.itemsize < 4:
+            # The mean is rounded to codes, not first to the type of the gradient.
+            mean = job.empty(len(mean), "float32")
         job.kernels.average_into(received, next(of_segments), mean)
         size = job.kernels.encode_into(mean, room, piece.key(phase=1), segment.first)
         if piece.keep_error:
@@ -79,7 +84,7 @@ def scatter_gather(job: Job) -> Steps:
     job.wire_bytes += sum(splits) - splits[job.rank] + len(gathered) - len(reply)
     at = 0
     for rank, segments in enumerate(shards):
-        spans, at = messages.read(segments, gathered, at, rank)
+        spans, at = yield from messages.read(segments, gathered, at, rank)
         for segment, (start, stop) in zip(segments, spans):
             job.kernels.decode_into(gathered[start:stop], segment.of(segment.piece.out), "set")
     if at != len(gathered):
@@ -99,33 +104,42 @@ class ShardMessages:
 
     def write(self, segments: list[Segment], message: Any, encode: Callable[[Segment, Any], int]) -> int:
         """Fill a message with what ``encode`` makes of each segment; returns its length."""
-        write_header(message, self.fingerprint)
         at = self._head(segments)
-        for index, segment in enumerate(segments):
+        words = [self.fingerprint]
+        for segment in segments:
             size = encode(segment, message[at : at + self._most(segment)])
             if self.job.codec.variable_size:
-                write_header(message[4 * (1 + index) :], size)
+                words.append(size)
             at += aligned(size)
+        write_words(message, words)
         return at
 
-    def read(self, segments: list[Segment], message: Any, at: int, rank: int) -> tuple[list[tuple[int, int]], int]:
+    def read(
+        self, segments: list[Segment], message: Any, at: int, rank: int
+    ) -> Generator[Request, Any, tuple[list[tuple[int, int]], int]]:
         """Where the payloads stand in the message of a rank that begins at ``at``, and where it ends.
 
         Raises:
             ExchangeError: it is another message than was expected.
         """
-        head = self._head(segments)
-        words = read_words(message[at : at + head], head // 4)
+        detail = f"rank {rank} sent something else than was expected"
+        head = message[at : at + self._head(segments)]
         most = [self._most(segment) for segment in segments]
-        sizes = words[1:] if self.job.codec.variable_size else most
-        at += head
+        sizes = most
+        if self.job.codec.variable_size:
+            words = yield from read_words(head, f"{self.job.name}.{rank}")
+            sizes = words[1:]
+            if words[:1] != [self.fingerprint] or len(sizes) != len(most) or any(map(gt, sizes, most)):
+                raise self.job.disagreement(detail)
+        else:
+            self.job.expect(head, [self.fingerprint], detail)
+        at += self._head(segments)
         spans = []
         for size in sizes:
             spans.append((at, at + size))
             at += aligned(size)
-        expected = words[:1] == [self.fingerprint] and len(sizes) == len(most) and at <= len(message)
-        if not expected or any(size > limit for size, limit in zip(sizes, most)):
-            raise self.job.disagreement(f"rank {rank} sent something else than was expected")
+        if at > len(message):
+            raise self.job.disagreement(detail)
         return spans, at
 
     def _head(self, segments: list[Segment]) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 
 from hvd_qsgd.advisor import Advisor
@@ -29,6 +30,7 @@ from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
 from hvd_qsgd.torch.rehearsal import Rehearsal
+from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
 
 #: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
 #: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
@@ -42,7 +44,9 @@ class Context:
     site: CallSite
     key: str
     tensor: torch.Tensor
-    out: Any
+    #: Receives the mean; may be the tensor's own memory.
+    out: Any = None
+    in_place: bool = False
     flights: list[tuple[Slice, Flight]] = field(default_factory=list)
     #: With error feedback: gradient plus residual, which the exchange turns into the new residual.
     corrected: Any = None
@@ -156,13 +160,29 @@ class Compressor(CompressorBase):
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
                 "Pass name=, or a compressor with error_feedback=False."
             )
-        context = self._context(site, key, tensor)
         bundles = self._bundles(site, tensor) if state is None or state.bundles is None else state.bundles[site.name]
+        bring(tensor)
+        with on_own_stream(tensor.device):
+            context = self._take_off(site, key, tensor, bundles, measures)
+        return self._carrier(site, tensor), context
+
+    def _take_off(
+        self, site: CallSite, key: str, tensor: torch.Tensor, bundles: list[tuple[Slice, Bundle]], measures: bool
+    ) -> Context:
+        """Hand a gradient to the exchanges of its bundles."""
         step = self._next_step(key)
-        source = context.corrected if context.corrected is not None else array_of(tensor)
+        context = Context(site, key, tensor)
+        if self._feeds(tensor_of(site.name, tensor)):
+            context.corrected = self.feedback.correct(key, self._gradient(site, tensor), site.ranks)
+            source = context.corrected
+        elif measures or not kernels_on(bundles[0][1].codec, tensor.device).halves:
+            source = array_of(tensor)
+        else:
+            source = flat(tensor)
         if measures:
             context.probe = Probe(source, own=context.corrected is not None)
             source = context.probe.x
+        context.out, context.in_place = self._room_for_mean(site, tensor, source)
         owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
         stream = stream_of(self.seed, owner, key)
         memory = self._memory.setdefault(key, {})
@@ -191,7 +211,7 @@ class Compressor(CompressorBase):
         if waits:
             for _, flight in context.flights:
                 flight.wait()
-        return self._carrier(site, tensor), context
+        return context
 
     @class_or_instance
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
@@ -210,6 +230,19 @@ class Compressor(CompressorBase):
             return result if context.dtype is None else result.to(context.dtype)
         if context.site.optimizer is not None:
             self._settled(self._optimizers[context.site.optimizer])
+        # Horovod wrote the carrier of a group, which is on the device, before the current stream goes on.
+        bring(context.tensor)
+        with on_own_stream(context.tensor.device):
+            mean = self._land(context)
+            if context.in_place:
+                result = scaled(context.tensor, tensor)
+            else:
+                result = scaled(mean, tensor).to(context.tensor.dtype).view(context.tensor.shape)
+        hand_back(result)
+        return result
+
+    def _land(self, context: Context) -> torch.Tensor:
+        """The mean gradient, flat, of the gradient's type or float32."""
         ranks = context.flights[0][1].bundle.collectives.ranks
         record = self._record(context.key, context.tensor.numel(), context.tensor.element_size(), ranks)
         for part, flight in context.flights:
@@ -218,11 +251,10 @@ class Compressor(CompressorBase):
         if context.probe is not None:
             context.probe.read(record)
         described = tensor_of(context.site.name, context.tensor)
-        self._settle(context.key, described, context.corrected, context.out, job.kernels)
-        mean = context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
-        if mean.data_ptr() == context.tensor.data_ptr():
-            return scaled(context.tensor, tensor)
-        return scaled(mean, tensor).to(context.tensor.dtype).view(context.tensor.shape)
+        looked = [flight.finite(part) for part, flight in context.flights]
+        finite = None if None in looked else all(looked)
+        self._settle(context.key, described, context.corrected, context.out, job.kernels, finite)
+        return context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
 
     @class_or_instance
     def set_epoch(self, epoch: int, learning_rate: float | None = None) -> None:
@@ -254,6 +286,7 @@ class Compressor(CompressorBase):
 
         def average(name: str, array: Any) -> Any:
             tensor = torch.as_tensor(array)
+            hand_back(tensor)
             mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
             return mean.numpy() if tensor.device.type == "cpu" else mean
 
@@ -264,11 +297,15 @@ class Compressor(CompressorBase):
 
     @staticmethod
     def _saved(array: Any) -> Any:
-        return torch.as_tensor(array).clone()
+        kept = torch.as_tensor(array)
+        hand_back(kept)
+        return kept.clone()
 
     @staticmethod
     def _loaded(value: Any) -> Any:
-        return array_of(value.clone())
+        bring(value)
+        with on_own_stream(value.device):
+            return array_of(value.clone())
 
     # -- parts of compress ------------------------------------------------------------------
 
@@ -437,16 +474,16 @@ class Compressor(CompressorBase):
             return tensor.to(torch.float32), Unchanged(None, torch.bfloat16)
         return tensor, None
 
-    def _context(self, site: CallSite, key: str, tensor: torch.Tensor) -> Context:
-        corrected = None
-        if self._feeds(tensor_of(site.name, tensor)):
-            corrected = self.feedback.correct(key, self._gradient(site, tensor), site.ranks)
+    @staticmethod
+    def _room_for_mean(site: CallSite, tensor: torch.Tensor, source: Any) -> tuple[Any, bool]:
+        """An array for the mean of arrays like ``source``, and whether it is the tensor's memory."""
+        on_cpu = isinstance(source, np.ndarray)
         # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
-        in_place = site.optimizer is not None and tensor.dtype == torch.float32 and tensor.is_contiguous()
-        in_place = in_place and tensor is site.parameter.grad
+        in_place = site.optimizer is not None and tensor.is_contiguous() and tensor is site.parameter.grad
+        if in_place and tensor.dtype == (torch.float32 if on_cpu else source.dtype):
+            return (array_of(tensor) if on_cpu else flat(tensor)), True
         # Memory from NumPy comes in huge pages: touching 100 MB from torch for the first time can take 100 ms.
-        out = array_of(tensor) if in_place else empty_on(tensor.device)(tensor.numel(), "float32")
-        return Context(site, key, tensor, out, corrected=corrected)
+        return (np.empty_like(source) if on_cpu else torch.empty_like(source)), False
 
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
         """What feedback starts from."""
@@ -467,15 +504,23 @@ def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
     return Tensor(name, tuple(tensor.shape))
 
 
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's values in one row, in its memory if they stand there so."""
+    # reshape() alone may give a view with gaps.
+    return tensor.detach().reshape(-1).contiguous()
+
+
 def array_of(tensor: torch.Tensor) -> Any:
     """The tensor as a flat float32 array for the kernels, sharing its memory where it can."""
-    # reshape() alone may give a view with gaps.
-    flat = tensor.detach().reshape(-1).contiguous().to(torch.float32)
-    return flat.numpy() if flat.device.type == "cpu" else flat
+    values = flat(tensor).to(torch.float32)
+    return values.numpy() if values.device.type == "cpu" else values
 
 
 def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
     """The mean, multiplied in place by the reduced carrier."""
+    if carrier.device.type != "cpu":
+        # Looking whether it is 1 would make the host wait for the device.
+        return mean.mul_(carrier.to(torch.float32))
     factor = float(carrier)
     return mean if factor == 1.0 else mean.mul_(factor)
 

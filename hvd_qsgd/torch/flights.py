@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.buffers import Buffers
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.engine import Engine, Task
+from hvd_qsgd.engine import Engine, Span, Task
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.fusion import Slice
 from hvd_qsgd.kernels import kernels_for, torch_backend
 from hvd_qsgd.stats import TensorStats
+from hvd_qsgd.torch.streams import on_own_stream
 
 #: Collectives of all compressors share one engine: whoever waits moves everybody's exchanges.
 ENGINE = Engine()
@@ -44,6 +45,19 @@ def profiler_span(phase: str) -> AbstractContextManager[Any]:
     if not _profiler_enabled():
         return nullcontext()
     return torch.profiler.record_function(f"hvd_qsgd.{phase}")
+
+
+def span_on(device: torch.device) -> Span:
+    """What surrounds the work of an exchange on a device; whoever waits for any exchange may carry it out."""
+    if device.type == "cpu":
+        return profiler_span
+
+    @contextmanager
+    def span(phase: str) -> Iterator[None]:
+        with profiler_span(phase), on_own_stream(device):
+            yield
+
+    return span
 
 
 class Agreement:
@@ -93,7 +107,8 @@ class Flight:
             empty=bundle.buffers_for(self),
         )
         bundle.open_flight = None
-        self._task = ENGINE.submit(start_exchange(self.exchange, self.job), collectives, profiler_span, bundle.threaded)
+        steps = start_exchange(self.exchange, self.job)
+        self._task = ENGINE.submit(steps, collectives, bundle.span, bundle.threaded)
 
     def wait(self) -> Job:
         """The finished job. Starts it if some pieces never came, which is so on all ranks
@@ -115,6 +130,10 @@ class Flight:
         record.encode_seconds += share * self._task.encode_seconds
         record.wait_seconds += share * self._task.wait_seconds
         record.decode_seconds += share * self._task.decode_seconds
+
+    def finite(self, part: Slice) -> bool | None:
+        """Whether the mean of a slice of the finished exchange is finite, if the exchange has looked at it."""
+        return self.pieces[part].finite
 
     @property
     def landed(self) -> bool:
@@ -140,6 +159,7 @@ class Bundle:
         self.exchange = exchange
         self.device = device
         self.threaded = threaded
+        self.span = span_on(device)
         self.collectives = HorovodCollectives(process_set)
         self.open_flight: Flight | None = None
         self._last_flight: Flight | None = None

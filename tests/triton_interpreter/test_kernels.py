@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkers import (
     FILLER,
+    check_halves,
     check_kernels,
     check_lanes,
     check_same_bits,
@@ -66,6 +67,12 @@ def test_lanes_are_those_of_numpy(codec: QSGD, ranks: int) -> None:
     check_lanes(
         codec, kernels_for(codec, "triton"), hard_buckets(codec.bucket_size), ranks, 2**64 - 1, torch.from_numpy
     )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("codec", [QSGD(4, 32), QSGD(5, 72, "l2"), QSGD(7, 24, rounding="nearest")], ids=str)
+def test_half_precision_is_taken_as_it_is(codec: QSGD, dtype: str) -> None:
+    check_halves(codec, kernels_for(codec, "triton"), probe.hard_buckets(codec.bucket_size), dtype, KEY)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 8, 9, 17, 100])

@@ -41,8 +41,8 @@ def unpack_planes(packed: torch.Tensor, length: int, bits: int) -> torch.Tensor:
 def pack_bits(bits: torch.Tensor) -> torch.Tensor:
     """0/1 values, flat uint8, to bytes with the first bit lowest."""
     padded = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).reshape(-1, 8)
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    return (padded * weights).sum(dim=1).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (padded << places).sum(dim=1).to(torch.uint8)
 
 
 def unpack_bits(packed: torch.Tensor) -> torch.Tensor:

@@ -51,8 +51,8 @@ class CastKernels(Kernels):
         return torch.float16 if self.codec.dtype == "float16" else torch.bfloat16
 
     def encode_into(self, x: torch.Tensor, out: torch.Tensor, key: int = 0, first: int = 0) -> int:
-        halves = torch.where(x.isnan(), NAN_BITS[self.codec.dtype], reinterpret(x.to(self.dtype), torch.int16))
-        out[: 2 * x.numel()] = reinterpret(halves.to(torch.int16), torch.uint8)
+        halves = reinterpret(x.to(self.dtype), torch.int16).masked_fill_(x.isnan(), NAN_BITS[self.codec.dtype])
+        out[: 2 * x.numel()] = reinterpret(halves, torch.uint8)
         return 2 * x.numel()
 
     def decode_into(self, payload: torch.Tensor, out: torch.Tensor, mode: str = "set") -> None:

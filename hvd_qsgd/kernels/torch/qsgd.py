@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hvd_qsgd.codecs.base import Kernels
@@ -60,9 +61,14 @@ def row_sums(rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class QSGDKernels(Kernels):
-    """torch implementation of a QSGD codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
+    """torch implementation of a QSGD codec; see :class:`hvd_qsgd.codecs.base.Kernels`.
+
+    No function waits for the device.
+    """
 
     codec: QSGD
+
+    halves = True
 
     def encode_into(self, x: torch.Tensor, out: torch.Tensor, key: int = 0, first: int = 0) -> int:
         all_scales = self.scales(x)
@@ -86,6 +92,13 @@ class QSGDKernels(Kernels):
             levels = unpack_planes(packed, rows.shape[1], codec.bits).to(torch.int32) - codec.levels
             apply(rows, dequantize(levels, scales, codec.levels), mode)
             at += packed.numel()
+
+    def average_into(self, message: torch.Tensor, spans: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
+        # A sum in half precision would be rounded at each step.
+        mean = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        super().average_into(message, spans, mean)
+        if mean is not out:
+            out.copy_(mean)
 
     def agree_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(self.scales(x).view(torch.int32))
@@ -125,9 +138,10 @@ class QSGDKernels(Kernels):
         """:meth:`hvd_qsgd.codecs.qsgd.QSGD.scales`."""
         scales = torch.empty(self.codec.buckets(x.numel()), dtype=torch.float32, device=x.device)
         for rows, part, _ in self._rows(x, scales, 0):
-            largest = (rows.view(torch.int32) & 0x7FFFFFFF).amax(dim=1)
-            part.copy_(largest.view(torch.float32) if self.codec.norm == "max" else l2_norms(rows))
-            part[(largest >= INFINITY_BITS) | part.isinf()] = float("nan")
+            values = rows.to(torch.float32)
+            largest = (values.view(torch.int32) & 0x7FFFFFFF).amax(dim=1)
+            part.copy_(largest.view(torch.float32) if self.codec.norm == "max" else l2_norms(values))
+            part.masked_fill_((largest >= INFINITY_BITS) | part.isinf(), float("nan"))
         return scales
 
     def _rows(
@@ -146,11 +160,13 @@ class QSGDKernels(Kernels):
     def _levels(self, rows: torch.Tensor, scales: torch.Tensor, key: int, bucket: int) -> torch.Tensor:
         s = self.codec.levels
         unusable = ~((scales > 0) & (scales < float("inf")))
-        lift = torch.where(scales < float(TINY), float(1 / TINY), 1.0).to(torch.float32)
-        safe = torch.where(unusable, 1.0, scales * lift)
+        # No torch.where() with numbers: torch would bring them to the device, and wait.
+        lift = torch.ones_like(scales).masked_fill_(scales < float(TINY), float(1 / TINY))
+        safe = (scales * lift).masked_fill_(unusable, 1.0)
         factor = torch.full_like(safe, s << FRACTION_BITS) / safe
         # Multiplied by two factors one after the other, like the specification; NaN and infinity become level 0.
-        scaled = torch.where(unusable[:, None], 0.0, rows).mul_(lift[:, None]).mul_(factor[:, None]).round_()
+        values = rows.to(torch.float32).masked_fill(unusable[:, None], 0.0)
+        scaled = values.mul_(lift[:, None]).mul_(factor[:, None]).round_()
         value = scaled.to(torch.int32)
         value += s << FRACTION_BITS
         self._add_fractions(value, key, bucket)
@@ -172,5 +188,9 @@ class QSGDKernels(Kernels):
 
 def dequantize(levels: torch.Tensor, scales: torch.Tensor, largest: int) -> torch.Tensor:
     """:func:`hvd_qsgd.codecs.qsgd.dequantize`."""
-    unit = torch.tensor(1.0, dtype=torch.float32, device=scales.device) / largest
-    return scales[:, None] * (levels.to(torch.float32) * unit)
+    return scales[:, None] * (levels.to(torch.float32) * unit(largest))
+
+
+def unit(largest: int) -> float:
+    """1 / largest, in float32."""
+    return float(np.float32(1) / np.float32(largest))

@@ -10,6 +10,7 @@ from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.random_k import KEY_BYTES, RandomK
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
 from hvd_qsgd.kernels.torch.qsgd import words
+from hvd_qsgd.kernels.torch.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RandomKKernels(Kernels):
         values = x.new_empty(self.codec.sum_length(len(x)))
         self.to_sum(x, values, key)
         size = self.codec.payload_size(len(x))
-        out[:KEY_BYTES] = torch.tensor(list(key.to_bytes(KEY_BYTES, "little")), dtype=torch.uint8, device=x.device)
+        out[:KEY_BYTES] = to_device(key.to_bytes(KEY_BYTES, "little"), x.device)
         out[KEY_BYTES:size] = reinterpret(values, torch.uint8)
         return size
 
@@ -34,17 +35,17 @@ class RandomKKernels(Kernels):
         apply(out, values, mode)
 
     def to_sum(self, x: torch.Tensor, out: torch.Tensor, key: int, first: int = 0) -> None:
-        if not self.all_finite(x):
-            out.fill_(float("nan"))
-            return
         positions, sizes = self._positions(len(x), key, x.device)
         out.copy_(x[positions])
         if self.codec.unbiased:
             out *= sizes.to(torch.float32)
+        out.masked_fill_(~x.isfinite().all(), float("nan"))
 
     def from_sum(self, sums: torch.Tensor, out: torch.Tensor, count: int, key: int, first: int = 0) -> None:
         positions, _ = self._positions(len(out), key, out.device)
-        out.fill_(float("nan") if len(sums) and bool(sums[0].isnan()) else 0)
+        out.zero_()
+        if len(sums):
+            out.masked_fill_(sums[0].isnan(), float("nan"))
         out[positions] = sums / count
 
     def _positions(self, length: int, key: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ from hvd_qsgd.codecs.topk import (
 from hvd_qsgd.errors import PayloadError
 from hvd_qsgd.kernels.torch.bits import pack_bits, pack_stream, unpack_bits, unpack_stream
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
+from hvd_qsgd.kernels.torch.transfer import to_device
 
 
 def pack_positions(positions: torch.Tensor, length: int, form: int, low_bits: int) -> torch.Tensor:
@@ -106,7 +107,7 @@ class TopKKernels(Kernels):
         return torch.cat([above, equal]).sort().values
 
     def _header(self, form: int, low_bits: int, count: int, device: torch.device) -> torch.Tensor:
-        return torch.tensor(list(HEADER.pack(form, low_bits, count)), dtype=torch.uint8, device=device)
+        return to_device(HEADER.pack(form, low_bits, count), device)
 
     def _pack_values(self, values: torch.Tensor) -> torch.Tensor:
         if self.codec.values == "float16":

@@ -45,17 +45,6 @@ def random_word(index, key_low, key_high):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def fraction_of(index, half, first_word, key_low, key_high, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What is added to element ``index`` of a bucket before its fraction is dropped; see ``QSGD._fractions``."""
-    if STOCHASTIC:
-        late = index >= half
-        word = random_word(first_word + tl.where(late, index - half, index).to(tl.uint32), key_low, key_high)
-        return tl.where(late, word >> 16, word & 0xFFFF).to(tl.int32)
-    else:
-        return tl.full(index.shape, UNITY // 2, tl.int32)
-
-
-@triton.jit
 def factors(scales, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of the bit patterns of scales: the two factors that make values fixed point, and whether there are such."""
     usable = (scales > 0) & (scales < INFINITY_BITS)
@@ -74,6 +63,36 @@ def round_up(values, fractions, lift, factor, usable, LEVELS: tl.constexpr):  # 
     fixed = tl.where(scaled < 0, -whole, whole)
     code = (fixed + fractions + (LEVELS * UNITY)) >> FRACTION_BITS
     return tl.where(usable, code, LEVELS)
+
+
+@triton.jit
+def levels_at(  # type: ignore[no-untyped-def]
+    source,
+    index,
+    present,
+    first_word,
+    rows,
+    length,
+    key_low,
+    key_high,
+    lift,
+    factor,
+    usable,
+    LEVELS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """Elements ``index`` of buckets ``rows``, which begin at ``source``, as levels plus s; see ``QSGD._fractions``."""
+    values = load_values(source + index, present)
+    if STOCHASTIC:
+        half = (length + 1) // 2
+        late = index >= half
+        number = first_word.to(tl.uint32) + rows.to(tl.uint32)[:, None] * half
+        number += tl.where(late, index - half, index).to(tl.uint32)
+        word = random_word(number, key_low.to(tl.uint32), key_high.to(tl.uint32))
+        fractions = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int32)
+    else:
+        fractions = tl.full(index.shape, UNITY // 2, tl.int32)
+    return round_up(values, fractions, lift, factor, usable, LEVELS)
 
 
 @triton.jit
@@ -113,6 +132,29 @@ def store_scales(pointer, rows, scales, inside):  # type: ignore[no-untyped-def]
     """The inverse of :func:`load_scales`, at any address."""
     byte = tl.arange(0, 4)[None, :]
     tl.store(pointer + rows[:, None] * 4 + byte, (scales[:, None] >> (8 * byte)).to(tl.uint8), mask=inside[:, None])
+
+
+@triton.jit
+def load_values(source, inside):  # type: ignore[no-untyped-def]
+    """float32 of what is there: float32, float16 or bfloat16; 0 where not ``inside``."""
+    values = tl.load(source, mask=inside, other=0.0)
+    if values.dtype == tl.bfloat16:
+        # By its bits, which keeps subnormals whatever a conversion does with them.
+        return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
+def store_values(target, values, inside):  # type: ignore[no-untyped-def]
+    """Store float32 values, rounded to the type that is there, ties to even."""
+    if target.dtype.element_ty == tl.bfloat16:
+        bits = bits_of(values)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where((bits & ABS_MASK) > INFINITY_BITS, NAN_BITS >> 16, rounded)
+        tl.store(target, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+    else:
+        tl.store(target, values.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit

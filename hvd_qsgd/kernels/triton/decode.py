@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hvd_qsgd.kernels.triton.arithmetic import bytes_after, code_bytes, dequantize, load_scales, plane_stride
+from hvd_qsgd.kernels.triton.arithmetic import (
+    bytes_after,
+    code_bytes,
+    dequantize,
+    load_scales,
+    load_values,
+    plane_stride,
+    store_values,
+)
 
 
 @triton.jit
@@ -57,13 +65,13 @@ def decode(  # type: ignore[no-untyped-def]
     values = payload_values(scales_in, codes_in, rows, index, within, inside, length, unit, BITS, ALIGNED)
     target = out + rows.to(tl.int64)[:, None] * length + index
     if MODE == "add":
-        values = tl.load(target, mask=inside) + values
+        values = load_values(target, inside) + values
     elif MODE == "subtract":
-        values = tl.load(target, mask=inside) - values
+        values = load_values(target, inside) - values
     elif MODE == "average":
         for _ in range(1, ranks):
             scales_in += step
             codes_in += step
             values += payload_values(scales_in, codes_in, rows, index, within, inside, length, unit, BITS, ALIGNED)
         values = tl.div_rn(values, count)
-    tl.store(target, values, mask=inside)
+    store_values(target, values, inside)

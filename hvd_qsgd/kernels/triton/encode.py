@@ -12,8 +12,9 @@ from hvd_qsgd.kernels.triton.arithmetic import (
     bytes_after,
     code_bytes,
     factors,
-    fraction_of,
+    levels_at,
     load_scales,
+    load_values,
     plane_stride,
     random_word,
     round_up,
@@ -57,7 +58,7 @@ def encode_buckets(  # type: ignore[no-untyped-def]
     values = ()
     magnitudes = tl.zeros([ROWS, COLUMNS], tl.int32)
     for part in tl.static_range(8):
-        value = tl.load(source + part * PART, mask=inside, other=0.0)
+        value = load_values(source + part * PART, inside)
         values = values + (value,)  # type: ignore[assignment]
         magnitudes = tl.maximum(magnitudes, bits_of(value) & ABS_MASK)
     scales = scale_of(tl.max(magnitudes, axis=1))
@@ -114,7 +115,7 @@ def bucket_scales(  # type: ignore[no-untyped-def]
         sums = tl.zeros([ROWS, NORM_LANES], tl.float64)
         for start in range(0, length, NORM_LANES):
             inside = within[:, None] & (start + lanes < length)
-            value = tl.load(source + start + lanes, mask=inside, other=0.0).to(tl.float64)
+            value = load_values(source + start + lanes, inside).to(tl.float64)
             sums += value * value
         sums = tl.sum(tl.reshape(sums, [ROWS, 2, 8]), axis=1)
         sums = tl.sum(tl.reshape(sums, [ROWS, 2, 4]), axis=1)
@@ -126,7 +127,7 @@ def bucket_scales(  # type: ignore[no-untyped-def]
         magnitudes = tl.zeros([ROWS, COLUMNS], tl.int32)
         for start in range(0, length, COLUMNS):
             inside = within[:, None] & (start + columns < length)
-            value = tl.load(source + start + columns, mask=inside, other=0.0)
+            value = load_values(source + start + columns, inside)
             magnitudes = tl.maximum(magnitudes, bits_of(value) & ABS_MASK)
         scales = scale_of(tl.max(magnitudes, axis=1))
     store_scales(out, rows, scales, within)
@@ -151,16 +152,13 @@ def encode_scaled(  # type: ignore[no-untyped-def]
 ):
     """Codes of buckets of any length whose scales are known: each byte gathers its elements."""
     length = LENGTH if LENGTH > 0 else tail
+    LEVELS: tl.constexpr = 2 ** (BITS - 1) - 1
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     within = rows < buckets
-    lift, factor, usable = factors(load_scales(scales_in, rows, within, ALIGNED)[:, None], 2 ** (BITS - 1) - 1)
+    lift, factor, usable = factors(load_scales(scales_in, rows, within, ALIGNED)[:, None], LEVELS)
     source = x + rows.to(tl.int64)[:, None] * length
     target = codes_out + rows.to(tl.int64)[:, None] * code_bytes(length, BITS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    half = (length + 1) // 2
-    word = first_word.to(tl.uint32) + rows.to(tl.uint32)[:, None] * half
-    low = key_low.to(tl.uint32)
-    high = key_high.to(tl.uint32)
     for power in tl.static_range(4):
         if BITS & (8 >> power):
             stride = plane_stride(length, 8 >> power)
@@ -169,9 +167,21 @@ def encode_scaled(  # type: ignore[no-untyped-def]
             for slot in tl.static_range(1 << power):
                 index = columns + slot * stride
                 present = inside & (index < length)
-                value = tl.load(source + index, mask=present, other=0.0)
-                fraction = fraction_of(index, half, word, low, high, STOCHASTIC)
-                code = round_up(value, fraction, lift, factor, usable, 2 ** (BITS - 1) - 1)
+                code = levels_at(
+                    source,
+                    index,
+                    present,
+                    first_word,
+                    rows,
+                    length,
+                    key_low,
+                    key_high,
+                    lift,
+                    factor,
+                    usable,
+                    LEVELS,
+                    STOCHASTIC,
+                )
                 field = (code >> (BITS & (16 - (16 >> power)))) & ((1 << (8 >> power)) - 1)
                 bytes_ |= tl.where(present, field << (slot * (8 >> power)), 0)
             tl.store(bytes_after(target, columns, ALIGNED), bytes_.to(tl.uint8), mask=inside)

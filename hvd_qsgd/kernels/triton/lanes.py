@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hvd_qsgd.kernels.triton.arithmetic import dequantize, factors, fraction_of, load_scales, round_up
+from hvd_qsgd.kernels.triton.arithmetic import dequantize, factors, levels_at, load_scales, store_values
 
 
 @triton.jit(do_not_specialize=["tail", "buckets", "first_word", "key_low", "key_high"])
@@ -36,18 +36,26 @@ def to_lanes(  # type: ignore[no-untyped-def]
     inside = within[:, None] & (columns < stride)
     lift, factor, usable = factors(load_scales(agreed, rows, within, True)[:, None], LEVELS)
     source = x + rows.to(tl.int64)[:, None] * length
-    half = (length + 1) // 2
-    word = first_word.to(tl.uint32) + rows.to(tl.uint32)[:, None] * half
-    low = key_low.to(tl.uint32)
-    high = key_high.to(tl.uint32)
     sums = tl.zeros([ROWS, COLUMNS], tl.int32)
     for lane in tl.static_range(LANES):
         index = columns + lane * stride
         present = inside & (index < length)
-        value = tl.load(source + index, mask=present, other=0.0)
-        fraction = fraction_of(index, half, word, low, high, STOCHASTIC)
-        level = round_up(value, fraction, lift, factor, usable, LEVELS) - LEVELS
-        sums += tl.where(present, level, 0) << (lane * LANE)
+        code = levels_at(
+            source,
+            index,
+            present,
+            first_word,
+            rows,
+            length,
+            key_low,
+            key_high,
+            lift,
+            factor,
+            usable,
+            LEVELS,
+            STOCHASTIC,
+        )
+        sums += tl.where(present, code - LEVELS, 0) << (lane * LANE)
     tl.store(out + rows.to(tl.int64)[:, None] * stride + columns, sums, mask=inside)
 
 
@@ -80,4 +88,4 @@ def from_lanes(  # type: ignore[no-untyped-def]
     )
     levels = digits.to(tl.int32, bitcast=True) - largest
     values = dequantize(levels, load_scales(agreed, rows, within, True)[:, None], unit)
-    tl.store(out + rows.to(tl.int64)[:, None] * length + index, values, mask=inside)
+    store_values(out + rows.to(tl.int64)[:, None] * length + index, values, inside)

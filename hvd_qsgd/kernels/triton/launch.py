@@ -11,8 +11,8 @@ import triton
 #: A product and the sum it goes into must be rounded separately, as by the specification. What else would change
 #: bits is decided by the functions that kernels call: division is ``div_rn``, and Triton flushes no subnormals.
 EXACT = {"enable_fp_fusion": False}
-#: Threads of a program, and elements of a tile that each of them holds: 4 of float32 make a load of 16 bytes.
-WARPS, WIDTH = 4, 4
+#: Threads of a program, and bytes that each of them moves at a time.
+WARPS, WIDTH = 4, 16
 THREADS = 32 * WARPS
 
 
@@ -29,8 +29,12 @@ def launch(
         kernel[grid](*tensors, *numbers, **constants, num_warps=WARPS, **EXACT)
 
 
-def tile(rows: int, columns: int, elements: int = THREADS * WIDTH) -> tuple[int, int]:
-    """Rows and columns, powers of two, of a tile over a matrix; a row that is longer is cut."""
+def tile(rows: int, columns: int, width: int) -> tuple[int, int]:
+    """Rows and columns, powers of two, of a tile over a matrix; a row that is longer is cut.
+
+    ``width`` is the number of bytes of an element: a thread holds as many as make one load or store.
+    """
+    elements = THREADS * WIDTH // width
     wide = min(triton.next_power_of_2(max(columns, 1)), elements)
     return min(triton.next_power_of_2(max(rows, 1)), elements // wide), wide
 

@@ -81,6 +81,18 @@ def differs(codec: Codec, kernels: Any, x: np.ndarray, device: torch.device) -> 
                 implementation.agree_into(array, scales[number])
                 implementation.to_lanes(array, scales[number], ranks, words[number], key)
                 implementation.from_lanes(words[number], scales[number], ranks, means[number], ranks)
+        if kernels.halves:
+            for dtype in (torch.float16, torch.bfloat16):
+                halves = torch.from_numpy(x).to(dtype)
+                payload, made = pairs[f"the payload of {dtype}"] = empty(codec.payload_size(len(x)), "uint8")
+                codec.encode_into(halves.to(torch.float32).numpy(), payload, key)
+                kernels.encode_into(halves.to(device), made, key)
+                expected = np.empty_like(x)
+                codec.decode_into(payload, expected)
+                decoded = torch.empty_like(halves, device=device)
+                kernels.decode_into(made, decoded)
+                rounded = torch.from_numpy(expected).to(dtype).to(torch.float32).numpy()
+                pairs[f"decoding to {dtype}"] = rounded, decoded.to(torch.float32)
     for what, (specified, found) in pairs.items():
         if not np.array_equal(found.cpu().numpy(), specified, equal_nan=specified.dtype.kind == "f"):
             return what

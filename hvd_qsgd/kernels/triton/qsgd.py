@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from hvd_qsgd.codecs.base import Kernels, mode_number
+from hvd_qsgd.codecs.base import mode_number
 from hvd_qsgd.codecs.bits import plane_widths, planes_size
-from hvd_qsgd.codecs.qsgd import QSGD
-from hvd_qsgd.kernels.torch.qsgd import signed
+from hvd_qsgd.kernels.torch.qsgd import QSGDKernels as TorchKernels
+from hvd_qsgd.kernels.torch.qsgd import signed, unit
 from hvd_qsgd.kernels.triton.decode import decode
 from hvd_qsgd.kernels.triton.encode import bucket_scales, encode_buckets, encode_scaled
 from hvd_qsgd.kernels.triton.lanes import from_lanes, to_lanes
@@ -38,17 +37,15 @@ class Group:
     constant: int
     tail: int
 
-    def grid(self, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
-        """A tile over ``columns`` results of each bucket, and the programs that it takes."""
-        rows, wide = tile(self.count, columns)
+    def grid(self, columns: int, width: int = 4) -> tuple[tuple[int, int], dict[str, int]]:
+        """A tile over ``columns`` results of ``width`` bytes of each bucket, and the programs that it takes."""
+        rows, wide = tile(self.count, columns, width)
         return (blocks(self.count, rows), blocks(columns, wide)), {"ROWS": rows, "COLUMNS": wide}
 
 
 @dataclass(frozen=True)
-class QSGDKernels(Kernels):
-    """Triton implementation of a QSGD codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
-
-    codec: QSGD
+class QSGDKernels(TorchKernels):
+    """Triton implementation of a QSGD codec; torch operations are left for payloads at uneven distances."""
 
     def encode_into(self, x: torch.Tensor, out: torch.Tensor, key: int = 0, first: int = 0) -> int:
         codec = self.codec
@@ -63,7 +60,7 @@ class QSGDKernels(Kernels):
             constants = {"BITS": codec.bits, "STOCHASTIC": codec.rounding == "stochastic"}
             constants["ALIGNED"] = self._aligned(group, scales, codes)
             if group.constant and codec.norm == "max" and codec.bucket_size <= LONGEST:
-                rows, columns = tile(group.count, codec.bucket_size // 8)
+                rows, columns = tile(group.count, codec.bucket_size // 8, x.element_size())
                 shape = {"ROWS": rows, "COLUMNS": columns, "BUCKET": codec.bucket_size}
                 tensors, programs = (part, scales, codes), (blocks(group.count, rows),)
                 launch(encode_buckets, programs, tensors, group.count, *draw, **constants, **shape)
@@ -113,7 +110,7 @@ class QSGDKernels(Kernels):
         largest = ranks * codec.levels
         offset = signed(sum(largest << (lane * number) for number in range(32 // lane)))
         for group in self._groups(len(out)):
-            grid, shape = group.grid(group.length)
+            grid, shape = group.grid(group.length, out.element_size())
             source = sums[group.first * blocks(codec.bucket_size, 32 // lane) :]
             tensors = (source, agreed[group.first :].view(torch.uint8), self._part(group, out))
             numbers = (group.count, group.tail, offset, signed(largest), unit(codec.levels * count))
@@ -135,7 +132,7 @@ class QSGDKernels(Kernels):
         return 4 * self.codec.buckets(length) + group.first * planes_size(self.codec.bucket_size, self.codec.bits)
 
     def _scales(self, x: torch.Tensor, out: torch.Tensor, group: Group) -> None:
-        rows, columns = tile(group.count, group.length)
+        rows, columns = tile(group.count, group.length, x.element_size())
         shape = {"ROWS": rows, "COLUMNS": columns, "LENGTH": group.constant}
         grid = (blocks(group.count, rows),)
         launch(bucket_scales, grid, (x, out), group.count, group.tail, L2=self.codec.norm == "l2", **shape)
@@ -143,7 +140,7 @@ class QSGDKernels(Kernels):
     def _decode(self, payload: torch.Tensor, out: torch.Tensor, ranks: int, step: int, mode: str) -> None:
         codec = self.codec
         for group in self._groups(len(out)):
-            grid, shape = group.grid(group.length)
+            grid, shape = group.grid(group.length, out.element_size())
             tensors = (payload[4 * group.first :], payload[self._codes_at(group, len(out)) :], self._part(group, out))
             numbers = (group.count, group.tail, ranks, step, unit(codec.levels), float(ranks))
             constants = {
@@ -164,8 +161,3 @@ class QSGDKernels(Kernels):
         """First random word and both halves of the key, as int32."""
         bucket = first // self.codec.bucket_size + group.first
         return signed(bucket * (self.codec.bucket_size // 2)), signed(key), signed(key >> 32)
-
-
-def unit(largest: int) -> float:
-    """1 / largest, in float32."""
-    return float(np.float32(1) / np.float32(largest))

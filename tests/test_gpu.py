@@ -1,0 +1,65 @@
+"""What only a GPU can show. Nothing here has been run yet: there was none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from launch import ROOT, launch
+
+from hvd_qsgd import QSGD, Codec, TopK
+from hvd_qsgd.kernels import kernels_for
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BACKENDS = ["triton", "torch"]
+
+
+@pytest.fixture
+def _the_host_must_not_wait() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("codec", [QSGD(), QSGD(7, 4096), QSGD(norm="l2"), TopK(0.1)], ids=str)
+def test_bytes_are_those_of_numpy(codec: Codec, backend: str) -> None:
+    from hvd_qsgd.kernels.triton.probe import differs, hard_buckets
+
+    x = np.resize(hard_buckets(512), 2**20 + 77)
+    x = np.nan_to_num(x) if isinstance(codec, TopK) else x
+    assert differs(codec, kernels_for(codec, backend), x, torch.device("cuda")) == ""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.usefixtures("_the_host_must_not_wait")
+def test_no_kernel_makes_the_host_wait(backend: str, dtype: str) -> None:
+    codec, length = QSGD(), 2**20 + 77
+    kernels = kernels_for(codec, backend)
+    x = torch.randn(length, device="cuda", dtype=getattr(torch, dtype))
+    size = codec.payload_size(length)
+    message = torch.zeros(2 * size, dtype=torch.uint8, device="cuda")
+    agreed = torch.zeros(codec.agreement_length(length), dtype=torch.int32, device="cuda")
+    lanes = torch.zeros(codec.lanes_length(length, 2), dtype=torch.int32, device="cuda")
+    for mode in ("default", "error"):  # what is compiled first may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        kernels.encode_into(x, message[:size])
+        kernels.decode_into(message[:size], x, "add")
+        kernels.average_into(message, [(0, size), (0, size)], x)
+        kernels.agree_into(x, agreed)
+        kernels.to_lanes(x, agreed, 2, lanes)
+        kernels.from_lanes(lanes, agreed, 2, x, 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("early", ["0", "1"])
+def test_exchanges_between_gpus_end_in_the_bits_of_the_cpu(early: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOROVOD_ENABLE_ASYNC_COMPLETION", early)
+    outcome = launch([str(ROOT / "tests" / "horovod_torch" / "on_gpus.py")], torch.cuda.device_count())
+    assert outcome.status == 0, outcome.output
+    assert outcome.output.count("SAME BITS") == torch.cuda.device_count()
