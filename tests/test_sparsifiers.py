@@ -146,6 +146,17 @@ def test_ranks_that_mean_different_sums_find_out() -> None:
         run_exchange("linear", jobs)
 
 
+@pytest.mark.parametrize("change", ["step", "stream"])
+def test_ranks_that_draw_other_positions_find_out(change: str) -> None:
+    """As with another seed, or after a rank that had joined comes back."""
+    inputs = [[gauss(1000, rank)] for rank in range(2)]
+    jobs = make_jobs(RandomK(0.1), inputs)
+    piece = jobs[1].pieces[0]
+    setattr(piece, change, getattr(piece, change) + 1)
+    with pytest.raises(ExchangeError, match=r"another seed, or other steps behind them.*reset\(\)"):
+        run_exchange("linear", jobs)
+
+
 # -- RowTopK -----------------------------------------------------------------------------------
 
 

@@ -27,6 +27,8 @@ class Cluster:
         self.feedback = [ErrorFeedback() for _ in range(ranks)]
         self.memories: list[dict[int, dict[str, Any]]] = [{} for _ in range(ranks)]
         self.number = 0
+        #: Ranks that have a step less behind them.
+        self.late: set[int] = set()
 
     def step(self, inputs: list[list[np.ndarray]], tamper: Any = None) -> list[Job]:
         """Means are in the jobs' pieces, as NumPy arrays."""
@@ -42,7 +44,7 @@ class Cluster:
                     self.wrap(given),
                     self.wrap(np.zeros_like(flat)),
                     stream_of(0, owner, f"t{i}"),
-                    self.number,
+                    self.number - (rank in self.late),
                     keep_error=self.keep_error,
                     shape=x.shape,
                     memory=self.memories[rank].setdefault(i, {}),
@@ -242,6 +244,14 @@ def test_grids_that_differ_are_noticed() -> None:
     cluster.step(gradients(0, 2))
     cluster.memories[1][0]["square"] *= 1.001
     with pytest.raises(ExchangeError, match="do not agree on what they add up"):
+        cluster.step(gradients(1, 2))
+
+
+def test_a_rank_that_missed_steps_of_powersgd_is_noticed() -> None:
+    cluster = Cluster(PowerSGD(2), 2)
+    cluster.step(gradients(0, 2))
+    cluster.late.add(1)
+    with pytest.raises(ExchangeError, match="other steps behind them"):
         cluster.step(gradients(1, 2))
 
 

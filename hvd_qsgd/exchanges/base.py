@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -23,6 +24,8 @@ from hvd_qsgd.random_words import key_of
 
 #: Payloads start at multiples of this many bytes inside a message.
 ALIGNMENT = 4
+#: Of a fingerprint that is added up with the words of all ranks.
+CHECK_BITS = 12
 
 
 @dataclass
@@ -153,6 +156,22 @@ class Job:
         """31 bits that differ when two ranks do not mean the same exchange."""
         shape = tuple((piece.name, piece.first, len(piece.x)) for piece in self.pieces)
         return _fingerprint(exchange, self.codec, shape, self.ranks)
+
+    def check_bits(self, exchange: str) -> int:
+        """Low bits of the fingerprint, which differ as well when two ranks draw other common random words.
+
+        Their sum over 4096 ranks is exact in float32. A rank draws other words if it has another seed, or another
+        number of steps behind it.
+        """
+        keys = functools.reduce(operator.xor, (piece.key() for piece in self.pieces), 0)
+        return (self.fingerprint(exchange) ^ keys) & ((1 << CHECK_BITS) - 1)
+
+    def other_sums(self) -> ExchangeError:
+        return self.disagreement(
+            "the ranks do not agree on what they add up: they have other settings, another seed, or other steps behind "
+            "them, as after hvd.join() or with checkpoints of different steps, where compressor.reset() on all ranks "
+            "helps"
+        )
 
     def disagreement(self, detail: str) -> ExchangeError:
         return ExchangeError(

@@ -14,8 +14,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.intsgd import IntSGD
 from hvd_qsgd.exchanges.allreduce import allreduce
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
-from hvd_qsgd.exchanges.linear import CHECK_BITS
+from hvd_qsgd.exchanges.base import CHECK_BITS, AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
 from hvd_qsgd.kernels import kernels_of
 
 
@@ -61,7 +60,7 @@ def intsgd(job: Job) -> Steps:
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     contributors = int(sums[0])
     if int(sums[1]) != contributors * check:
-        raise job.disagreement("the ranks do not agree on what they add up")
+        raise job.other_sums()
     at = 2
     for piece, scale, length in zip(job.pieces, scales, lengths):
         if int(sums[at]):

@@ -12,9 +12,6 @@ from typing import Any, Protocol
 
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Steps, Work, ring_bytes
 
-#: Bits of the fingerprint that go along: their sum over 4096 ranks is exact in float32.
-CHECK_BITS = 12
-
 
 class LinearKernels(Protocol):
     """What a codec's kernels offer to ride this exchange."""
@@ -29,10 +26,10 @@ class LinearKernels(Protocol):
 
 
 def linear(job: Job) -> Steps:
-    """The sum of [1, low bits of the fingerprint, words of each piece]."""
+    """The sum of [1, check bits, words of each piece]."""
     kernels: Any = job.kernels
     codec: Any = job.codec
-    check = job.fingerprint("linear") & ((1 << CHECK_BITS) - 1)
+    check = job.check_bits("linear")
     lengths = [codec.sum_length(len(piece.x)) for piece in job.pieces]
     message = job.empty(2 + sum(lengths), codec.sum_dtype)
     message[0], message[1] = 1, check
@@ -52,7 +49,7 @@ def linear(job: Job) -> Steps:
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     contributors = int(sums[0])
     if int(sums[1]) != contributors * check:
-        raise job.disagreement("the ranks do not agree on what they add up")
+        raise job.other_sums()
     at = 2
     for piece, length in zip(job.pieces, lengths):
         kernels.from_sum(sums[at : at + length], piece.out, contributors, piece.key(), piece.first)

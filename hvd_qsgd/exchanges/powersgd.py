@@ -17,7 +17,6 @@ import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
-from hvd_qsgd.exchanges.linear import CHECK_BITS
 from hvd_qsgd.random_words import words
 
 #: Share of a column's norm that float32 cannot tell from rounding.
@@ -25,10 +24,10 @@ NEGLIGIBLE = 1e-5
 
 
 def powersgd(job: Job) -> Steps:
-    """The sums of [1, low bits of the fingerprint, P of each piece] and of [Q of each piece]."""
+    """The sums of [1, check bits, P of each piece] and of [Q of each piece]."""
     codec = job.codec
     assert isinstance(codec, PowerSGD)
-    check = job.fingerprint("powersgd") & ((1 << CHECK_BITS) - 1)
+    check = job.check_bits("powersgd")
     shapes = [matrix_shape(piece) for piece in job.pieces]
     factors = [_start(codec, piece, *shape) if codec.pays(*shape) else None for piece, shape in zip(job.pieces, shapes)]
 
@@ -42,7 +41,7 @@ def powersgd(job: Job) -> Steps:
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     contributors = int(sums[0])
     if int(sums[1]) != contributors * check:
-        raise job.disagreement("the ranks do not agree on what they add up")
+        raise job.other_sums()
     left: list[Any] = []
     right: list[Any] = []
     for piece, shape, factor, total in zip(job.pieces, shapes, factors, _parts(sums[2:], parts)):
