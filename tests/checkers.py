@@ -293,6 +293,25 @@ def run_exchange(
         simulate(steps)
 
 
+def run_torch_exchange(exchange: str, jobs: Sequence[Job]) -> None:
+    """The same for jobs whose arrays are torch tensors."""
+    import torch
+
+    def to_numpy(steps: Steps) -> Generator[Any, Any, None]:
+        outcome: Any = None
+        while True:
+            try:
+                request = steps.send(outcome)
+            except StopIteration:
+                return
+            request.array = request.array.numpy()
+            outcome = yield request
+            received = isinstance(outcome, tuple)
+            outcome = (torch.from_numpy(outcome[0]), *outcome[1:]) if received else torch.from_numpy(outcome)
+
+    simulate([to_numpy(start_exchange(exchange, job)) for job in jobs])
+
+
 def check_same_on_all_ranks(jobs: Sequence[Job]) -> None:
     """Every rank holds the same bits, those of NaN among them, in every element."""
     for job in jobs[1:]:

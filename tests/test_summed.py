@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkers import check_config, check_same_bits, check_same_on_all_ranks, gauss, run_exchange
+from checkers import (
+    check_config,
+    check_same_bits,
+    check_same_on_all_ranks,
+    gauss,
+    run_exchange,
+    run_torch_exchange,
+)
 
 from hvd_qsgd import ConfigError, ExchangeError, IntSGD, PowerSGD, UnsupportedError
 from hvd_qsgd.exchanges import Job, Piece
@@ -55,7 +62,7 @@ class Cluster:
         if self.backend == "numpy":
             run_exchange(self.codec.name, jobs, tamper)
         else:
-            run_torch(self.codec.name, jobs)
+            run_torch_exchange(self.codec.name, jobs)
         for feedback, job in zip(self.feedback, jobs):
             for i, piece in enumerate(job.pieces):
                 piece.x, piece.out = np.asarray(piece.x), np.asarray(piece.out)
@@ -75,29 +82,6 @@ class Cluster:
 
     def empty(self, length: int, dtype: str) -> Any:
         return self.wrap(np.empty(length, dtype))
-
-
-def run_torch(name: str, jobs: list[Job]) -> None:
-    """All ranks of one exchange whose arrays are torch tensors."""
-    import torch
-
-    from hvd_qsgd.collectives.simulated import perform
-    from hvd_qsgd.exchanges import EXCHANGES
-
-    steps = [EXCHANGES[name](job) for job in jobs]
-    outcomes: list[Any] = [None] * len(jobs)
-    while True:
-        requests = []
-        for generator, outcome in zip(steps, outcomes):
-            try:
-                request = generator.send(outcome)
-            except StopIteration:
-                continue
-            request.array = request.array.numpy()
-            requests.append(request)
-        if not requests:
-            return
-        outcomes = [torch.from_numpy(outcome) for outcome in perform(requests, len(jobs))]
 
 
 def gradients(number: int, ranks: int, shapes: Any = SHAPES) -> list[list[np.ndarray]]:
