@@ -59,7 +59,9 @@ Request = Union[AllGather, AllToAll, AllReduce]
 
 def phase_of(request: Request) -> str:
     """What a request is called in :attr:`Exchange.phases`."""
-    return request.op if isinstance(request, AllReduce) else type(request).__name__.lower()
+    if not isinstance(request, AllReduce):
+        return type(request).__name__.lower()
+    return request.op if "int" in str(request.array.dtype) else f"{request.op}_float"
 
 
 Steps = Generator[Request, Any, None]
@@ -241,7 +243,7 @@ class Exchange:
     #: Of a codec, a number of elements and a number of ranks.
     work: Callable[[Codec, int, int], Work]
     #: The collectives that it yields, in order, for frameworks that build their graph beforehand: "allgather",
-    #: "alltoall", "max" and "sum" of int32 words. Empty where that does not describe it.
+    #: "alltoall", "max" and "sum" of int32 words, "sum_float" of float32 ones. Empty where that does not describe it.
     phases: tuple[str, ...] = ()
 
     def __call__(self, job: Job) -> Steps:
