@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from checkers import gauss
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_qsgd import QSGD, Codec, ConfigError, Identity, TopK
+from hvd_qsgd import QSGD, Codec, ConfigError, GlobalTopK, Identity, RandomK, RowTopK, ThresholdTopK, TopK
 from hvd_qsgd.policies import Accordion, Fixed, LGreCo, Policy, Rules, Tensor, WarmUp, parse_codec
 from hvd_qsgd.policies.lgreco import cheapest, measure
 
@@ -90,17 +91,24 @@ def advance(policy: Policy, epoch: int, rate: float | None = None) -> None:
     policy.apply(json.loads(json.dumps(policy.decide(epoch, rate))))
 
 
-def test_warm_up_steps_through_its_codecs() -> None:
-    policy = WarmUp.of_ratios(TopK(0.001))
+@pytest.mark.parametrize(
+    "sparsifier", [TopK, GlobalTopK, RowTopK, RandomK, partial(ThresholdTopK, method="sidco-pareto")], ids=str
+)
+def test_warm_up_steps_through_its_codecs(sparsifier: Any) -> None:
+    policy = WarmUp.of_ratios(sparsifier(0.001))
     ratios = []
     for epoch in range(6):
         advance(policy, epoch)
         codec: Any = policy.codec(OTHER)
+        assert codec == sparsifier(codec.ratio)
         ratios.append(codec.ratio)
     assert ratios == [0.25, 0.0625, 0.0156, 0.004, 0.001, 0.001]
     assert len(WarmUp.of_ratios(TopK(0.05)).every_codec()) == 3
     with pytest.raises(ConfigError):
         WarmUp([])
+    for codec in (QSGD(), TopK(k=3)):
+        with pytest.raises(ConfigError, match="has no ratio"):
+            WarmUp.of_ratios(codec)
 
 
 def test_policies_inside_rules_go_their_own_way() -> None:
