@@ -33,7 +33,7 @@ def allgather(job: Job) -> Steps:
     for rank in range(job.ranks):
         words = read_words(gathered[at : at + head], len(job.pieces) + 1)
         if len(words) != len(job.pieces) + 1 or words[0] != fingerprint:
-            raise job.disagreement(f"rank {rank} sent something else than was expected")
+            raise job.unexpected(rank)
         at += head
         for size, of_piece in zip(words[1:], spans):
             of_piece.append((at, at + size))

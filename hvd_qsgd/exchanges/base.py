@@ -168,6 +168,13 @@ class Job:
         keys = functools.reduce(operator.xor, (piece.key() for piece in self.pieces), 0)
         return (self.fingerprint(exchange) ^ keys) & ((1 << CHECK_BITS) - 1)
 
+    def unexpected(self, rank: int) -> ExchangeError:
+        # Horovod refuses a gather with a rank that has joined, but not if its cache knows the gather.
+        return self.disagreement(
+            f"rank {rank} sent something else than was expected, or has called hvd.join(), which only "
+            f'exchange="allreduce" can go on with'
+        )
+
     def other_sums(self) -> ExchangeError:
         return self.disagreement(
             "the ranks do not agree on what they add up: they have other settings, another seed, or other steps behind "

@@ -125,7 +125,7 @@ class ShardMessages:
             at += aligned(size)
         expected = words[:1] == [self.fingerprint] and len(sizes) == len(most) and at <= len(message)
         if not expected or any(size > limit for size, limit in zip(sizes, most)):
-            raise self.job.disagreement(f"rank {rank} sent something else than was expected")
+            raise self.job.unexpected(rank)
         return spans, at
 
     def _head(self, segments: list[Segment]) -> int:
