@@ -52,6 +52,8 @@ def train(task: Task, member: str, seed: int, ranks: int) -> dict[str, Any]:
     peak = optimizer.param_groups[0]["lr"]
     curve = []
     for step, (inputs, targets) in enumerate(task.batches(seed, ranks)):
+        if step % task.epoch == 0:
+            cluster.start_epoch(step // task.epoch)
         optimizer.param_groups[0]["lr"] = peak * min(1.0, (step + 1) / (task.warm_up + 1))
         gradients, losses = [], []
         for rank in range(ranks):

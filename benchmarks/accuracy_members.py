@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from typing import Any
 
@@ -26,11 +27,12 @@ from hvd_qsgd.collectives.simulated import simulate
 from hvd_qsgd.exchanges import BY_RANKS, Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.feedback import EF21, ErrorFeedback, Feedback, LoCo, MomentumCorrection
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.policies import Accordion, Fixed, LGreCo, Policy, Tensor, WarmUp
 from hvd_qsgd.random_words import stream_of
 
 EF, NO = ErrorFeedback(), None
-#: What is compared: a codec, and a kind of feedback if any. MomentumCorrection gets the momentum of the task.
-MEMBERS: dict[str, tuple[Codec | None, Feedback | None]] = {
+#: A codec or a policy, and a kind of feedback if any. MomentumCorrection gets the momentum of the task.
+MEMBERS: dict[str, tuple[Codec | Policy | None, Feedback | None]] = {
     "uncompressed": (None, NO),
     "QSGD 8 bits, bucket 512": (QSGD(8), NO),
     "QSGD 4 bits, bucket 512": (QSGD(4), NO),
@@ -55,11 +57,19 @@ MEMBERS: dict[str, tuple[Codec | None, Feedback | None]] = {
     "TopK by row 1 %, no feedback": (RowTopK(0.01), NO),
     "TopK by buffer 1 %, EF": (GlobalTopK(0.01), EF),
     "TopK by buffer 1 %, no feedback": (GlobalTopK(0.01), NO),
+    "TopK by row 0.1 %, EF": (RowTopK(0.001), EF),
+    "TopK by buffer 0.1 %, EF": (GlobalTopK(0.001), EF),
     "TopK reused threshold 1 %, EF": (ThresholdTopK(0.01, method="reuse"), EF),
+    "TopK reused threshold 0.1 %, EF": (ThresholdTopK(0.001, method="reuse"), EF),
+    "TopK reused threshold 1 %, no feedback": (ThresholdTopK(0.01, method="reuse"), NO),
     "TopK SIDCo 1 %, EF": (ThresholdTopK(0.01, method="sidco-gamma"), EF),
     "TopK SIDCo 0.1 %, EF": (ThresholdTopK(0.001, method="sidco-gamma"), EF),
     "DGC 1 %": (ThresholdTopK(0.01, method="sample"), MomentumCorrection()),
     "DGC 0.1 %": (ThresholdTopK(0.001, method="sample"), MomentumCorrection()),
+    "DGC 0.1 %, warm-up": (WarmUp.of_ratios(ThresholdTopK(0.001, method="sample")), MomentumCorrection()),
+    "TopK 0.1 %, warm-up, EF": (WarmUp.of_ratios(TopK(0.001)), EF),
+    "Accordion: TopK 10 % or 1 %, EF": (Accordion(TopK(0.1), TopK(0.01), every=1), EF),
+    "L-GreCo: QSGD 4, 2 or 8 bits": (LGreCo([QSGD(4), QSGD(2, 128), QSGD(8)]), NO),
     "RandomK 10 %, EF": (RandomK(0.1), EF),
     "RandomK 1 %, EF": (RandomK(0.01), EF),
     "RandomK 10 % unbiased, no feedback": (RandomK(0.1, unbiased=True), NO),
@@ -71,6 +81,7 @@ MEMBERS: dict[str, tuple[Codec | None, Feedback | None]] = {
     "IntSGD 4 bits": (IntSGD(), NO),
     "IntSGD 2 bits": (IntSGD(2), NO),
     "IntSGD 4 bits, EF": (IntSGD(), EF),
+    "IntSGD 8 bits": (IntSGD(8), NO),
 }
 #: With --quick.
 FEW = ("uncompressed", "QSGD 4 bits, bucket 512", "TopK 1 %, EF", "TopK 1 %, no feedback")
@@ -78,22 +89,27 @@ MIN_ELEMENTS = 1024
 
 
 class Ranks:
-    """Simulated ranks that average gradients with a codec and feedback."""
+    """Simulated ranks that average gradients with a codec or policy and feedback."""
 
-    def __init__(self, count: int, codec: Codec | None, feedback: Feedback | None, seed: int) -> None:
-        self.count, self.codec, self.seed, self.step = count, codec, seed, 0
+    def __init__(self, count: int, codec: Codec | Policy | None, feedback: Feedback | None, seed: int) -> None:
+        self.count, self.seed, self.step = count, seed, 0
+        self.policy = copy.deepcopy(codec) if isinstance(codec, Policy) else Fixed(codec)
         self.feedback = [feedback.fresh() for _ in range(count)] if feedback is not None else None
         self.memories: list[dict[str, dict[str, Any]]] = [{} for _ in range(count)]
         self.velocities: dict[str, torch.Tensor] = {}
         #: Sent by a rank so far.
         self.bytes = 0.0
 
+    def start_epoch(self, epoch: int) -> None:
+        self.policy.apply(self.policy.decide(epoch))
+
     def average(self, gradients: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         means = {}
-        compressed = []
+        compressed: dict[Codec, list[str]] = {}
         for name, gradient in gradients[0].items():
-            if self.codec is not None and gradient.dim() >= 2 and gradient.numel() >= MIN_ELEMENTS:
-                compressed.append(name)
+            codec = self.policy.codec(Tensor(name, tuple(gradient.shape)))
+            if codec is not None and gradient.dim() >= 2 and gradient.numel() >= MIN_ELEMENTS:
+                compressed.setdefault(codec, []).append(name)
                 continue
             means[name] = torch.stack([of_rank[name] for of_rank in gradients]).mean(0)
             self.bytes += 2 * (self.count - 1) / self.count * 4 * gradient.numel()
@@ -101,14 +117,15 @@ class Ranks:
             if isinstance(correction, MomentumCorrection):
                 velocity = self.velocities.get(name, torch.zeros_like(means[name]))
                 means[name] = self.velocities[name] = correction.momentum * velocity + means[name]
-        if compressed:
-            means.update(self._exchange(gradients, compressed))
+        for codec, names in compressed.items():
+            means.update(self._exchange(codec, gradients, names))
         self.step += 1
         return means
 
-    def _exchange(self, gradients: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, torch.Tensor]:
-        assert self.codec is not None
-        kernels = kernels_for(self.codec, "numba")
+    def _exchange(
+        self, codec: Codec, gradients: list[dict[str, torch.Tensor]], names: list[str]
+    ) -> dict[str, torch.Tensor]:
+        kernels = kernels_for(codec, "numba")
         jobs = []
         for rank, of_rank in enumerate(gradients):
             pieces = []
@@ -116,7 +133,7 @@ class Ranks:
                 x = of_rank[name].reshape(-1).numpy()
                 if self.feedback is not None:
                     x = self.feedback[rank].correct(name, x, self.count)
-                stream = stream_of(self.seed, 0 if self.codec.shared_randomness else rank, name)
+                stream = stream_of(self.seed, 0 if codec.shared_randomness else rank, name)
                 piece = Piece(
                     name,
                     x,
@@ -125,15 +142,18 @@ class Ranks:
                     self.step,
                     keep_error=self.feedback is not None,
                     shape=tuple(of_rank[name].shape),
-                    memory=self.memories[rank].setdefault(name, {}),
+                    memory=self.memories[rank].setdefault(f"{codec} {name}", {}),
                 )
                 pieces.append(piece)
             jobs.append(Job("gradients", pieces, kernels, rank, self.count, np.empty))
-        exchange = choose_exchange(BY_RANKS, self.codec, self.count)
+        exchange = choose_exchange(BY_RANKS, codec, self.count)
         simulate([start_exchange(exchange, job) for job in jobs])
         for rank, job in enumerate(jobs):
             for piece in job.pieces:
                 if self.feedback is not None:
                     self.feedback[rank].keep(piece.name, piece.x, piece.out)
+        if self.policy.observes:
+            for piece in jobs[0].pieces:
+                self.policy.observe(Tensor(piece.name, piece.shape or ()), piece.out)
         self.bytes += statistics.mean(job.wire_bytes for job in jobs)
         return {piece.name: torch.from_numpy(piece.out).view(piece.shape) for piece in jobs[0].pieces}

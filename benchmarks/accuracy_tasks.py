@@ -36,6 +36,8 @@ class Task:
     momentum: float
     #: Steps over which the learning rate rises to its value.
     warm_up: int = 0
+    #: Steps after which policies decide anew: a tenth of the training.
+    epoch: int = 1
 
 
 def mnist(epochs: int, batch: int = 100) -> Task:
@@ -54,7 +56,8 @@ def mnist(epochs: int, batch: int = 100) -> Task:
     def quality(model: nn.Module) -> float:
         return 100 * accuracy(model, test_set)
 
-    return Task("mnist", "accuracy, %", 1, Net, batches, quality, optimizer, momentum=0.5)
+    tenth = max(epochs * -(-len(images) // batch) // 10, 1)
+    return Task("mnist", "accuracy, %", 1, Net, batches, quality, optimizer, momentum=0.5, epoch=tenth)
 
 
 def kjv(steps: int, batch: int = 8, length: int = 32, width: int = 64) -> Task:
@@ -88,4 +91,6 @@ def kjv(steps: int, batch: int = 8, length: int = 32, width: int = 64) -> Task:
             loss = cross_entropy(model(held_out[:, :-1]).flatten(0, -2), held_out[:, 1:].flatten())
         return math.exp(float(loss))
 
-    return Task("kjv", "perplexity", -1, model, batches, perplexity, optimizer, momentum=0.9, warm_up=steps // 10)
+    tenth = steps // 10
+    settings = {"momentum": 0.9, "warm_up": tenth, "epoch": max(tenth, 1)}
+    return Task("kjv", "perplexity", -1, model, batches, perplexity, optimizer, **settings)

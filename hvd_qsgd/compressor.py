@@ -28,7 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Of :meth:`CompressorBase.state_dict`.
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
@@ -179,7 +179,7 @@ class CompressorBase:
                 key: {name: v if isinstance(v, (int, float)) else self._saved(v) for name, v in part.items()}
                 for key, part in self._memory.items()
             },
-            "policy": copy.deepcopy(self.policy.state()),
+            "policy": _with_arrays(self.policy.state(), self._saved),
         }
 
     @class_or_instance
@@ -199,7 +199,7 @@ class CompressorBase:
         self.feedback.load(arrays, state["numbers"])
         self._steps = dict(state["steps"])
         self._memory = copy.deepcopy(state["memory"])
-        self.policy.load(state["policy"])
+        self.policy.load(_with_arrays(state["policy"], self._loaded))
 
     def _saved_config(self) -> dict[str, Any]:
         feedback = {"feedback": None} if self.error_feedback is False else self.feedback.config()
@@ -301,6 +301,13 @@ class CompressorBase:
             settle(key, corrected, mean)
         if self.policy.observes and finite:
             self.policy.observe(tensor, mean)
+
+
+def _with_arrays(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """A copy of nested plain values, with every array in them converted."""
+    if isinstance(value, dict):
+        return {key: _with_arrays(part, convert) for key, part in value.items()}
+    return convert(value) if hasattr(value, "dtype") else copy.deepcopy(value)
 
 
 class QSGDBase(CompressorBase):

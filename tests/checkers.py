@@ -23,7 +23,7 @@ from hvd_qsgd.codecs import CODECS
 from hvd_qsgd.codecs.base import MODES, Kernels
 from hvd_qsgd.collectives.simulated import simulate
 from hvd_qsgd.exchanges import Job, Piece, start_exchange
-from hvd_qsgd.exchanges.base import Steps
+from hvd_qsgd.exchanges.base import Steps, ToHost
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.random_words import stream_of
 
@@ -337,6 +337,27 @@ def run_exchange(
         steps[rank] = tampered(steps[rank], collective, change)
     with np.errstate(over="ignore", invalid="ignore"):
         simulate(steps)
+
+
+def run_torch_exchange(exchange: str, jobs: Sequence[Job]) -> None:
+    """The same for jobs whose arrays are torch tensors."""
+    import torch
+
+    def to_numpy(steps: Steps) -> Generator[Any, Any, None]:
+        outcome: Any = None
+        while True:
+            try:
+                request = steps.send(outcome)
+            except StopIteration:
+                return
+            request.array = request.array.numpy()
+            outcome = yield request
+            if isinstance(request, ToHost):
+                continue
+            received = isinstance(outcome, tuple)
+            outcome = (torch.from_numpy(outcome[0]), *outcome[1:]) if received else torch.from_numpy(outcome)
+
+    simulate([to_numpy(start_exchange(exchange, job)) for job in jobs])
 
 
 def check_same_on_all_ranks(jobs: Sequence[Job]) -> None:

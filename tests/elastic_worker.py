@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,8 @@ def main(directory: str) -> None:
         torch.optim.SGD(model.parameters(), lr=2.0), model.named_parameters(), compression=compressor
     )
     state = hvd.elastic.TorchState(model=model, optimizer=optimizer, compressor=compressor, step=0)
-    log = Path(directory, f"{os.environ['HOROVOD_HOSTNAME']}-{os.getpid()}.jsonl")
+    host = os.environ["HOROVOD_HOSTNAME"]
+    log = Path(directory, f"{host}-{os.getpid()}.jsonl")
 
     def residual() -> torch.Tensor:
         arrays = compressor.state_dict()["arrays"]
@@ -53,12 +55,16 @@ def main(directory: str) -> None:
             optimizer.zero_grad()
             loss = torch.nn.functional.mse_loss(model(inputs[rows]), targets[rows])
             loss.backward()
+            if Path(directory, f"die-{host}").exists():
+                # In the middle of a step: the gradients of all ranks are on their way.
+                os.kill(os.getpid(), signal.SIGKILL)
             optimizer.step()
             state.step += 1
             entry = {"step": state.step, "ranks": hvd.size(), "rank": hvd.rank(), "loss": float(loss)}
-            weights = float(model.weight.detach().double().sum())
+            entry["weights"] = float(model.weight.detach().double().sum())
+            entry.update(own=residual()[:5].tolist(), mean=mean_residual(), start=start)
             with log.open("a") as file:
-                file.write(json.dumps({**entry, "weights": weights, "start": start, "mean": mean_residual()}) + "\n")
+                file.write(json.dumps(entry) + "\n")
             state.commit()
 
     train(state)

@@ -1,10 +1,8 @@
-"""Elastic Horovod: a worker is killed, another one joins, and compressed training goes on."""
+"""Elastic Horovod: a worker is killed in the middle of a step, another one joins, and compressed training goes on."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -61,8 +59,7 @@ def test_training_survives_a_lost_worker_and_takes_a_new_one(tmp_path: Path) -> 
         )
         try:
             wait_for(lambda: len(entries(tmp_path, LOST)) >= 8, process)
-            (lost,) = (int(path.stem.rsplit("-", 1)[1]) for path in tmp_path.glob(f"{LOST}-*.jsonl"))
-            os.kill(lost, signal.SIGKILL)
+            (tmp_path / f"die-{LOST}").touch()
             wait_for(lambda: any(entry["ranks"] == 2 for entry in entries(tmp_path, KEPT)), process)
             hosts.write_text(f"{KEPT}:2\n{ADDED}:1\n")
             wait_for(lambda: len(entries(tmp_path, ADDED)) >= 10, process)
@@ -74,6 +71,10 @@ def test_training_survives_a_lost_worker_and_takes_a_new_one(tmp_path: Path) -> 
             raise
     assert process.returncode == 0, log.read_text()[-5000:]
     check_run(tmp_path)
+    for path in tmp_path.glob(f"{KEPT}-*.jsonl"):
+        path.write_text(path.read_text().replace('"start": [', '"start": [1'))
+    with pytest.raises(AssertionError):
+        check_loss(tmp_path)
 
 
 def check_run(directory: Path) -> None:
@@ -91,11 +92,26 @@ def check_run(directory: Path) -> None:
     assert sizes[0] == sizes[-1] == 3 and 2 in sizes
     losses = [by_step[step][0]["loss"] for step in sorted(by_step)]
     assert losses[-1] < losses[0] / 4
+    check_loss(directory)
     newcomer = entries(directory, ADDED)[0]
     before = next(e for e in reversed(entries(directory, KEPT)) if e["step"] == newcomer["step"] - 1)
     assert before["ranks"] == 2
     # The mean of the residuals is what it was before the newcomer, who had none.
     assert any(before["mean"]) and newcomer["start"] == pytest.approx(before["mean"], abs=1e-6)
+
+
+def check_loss(directory: Path) -> None:
+    """Those that are left do the interrupted step again, from the mean of their own residuals."""
+    lost = entries(directory, LOST)[-1]
+    files = [[json.loads(line) for line in path.read_text().splitlines()] for path in directory.glob(f"{KEPT}-*.jsonl")]
+    alone = [next(entry for entry in file if entry["ranks"] == 2) for file in files]
+    before = [file[file.index(entry) - 1] for file, entry in zip(files, alone)]
+    assert len(files) == 2
+    assert {entry["step"] for entry in before} == {lost["step"]} and before[0]["own"] != before[1]["own"]
+    mean = [sum(values) / 2 for values in zip(*(entry["own"] for entry in before))]
+    for entry in alone:
+        assert entry["step"] == lost["step"] + 1
+        assert entry["start"] == pytest.approx(mean, abs=1e-6)
 
 
 def test_the_check_can_fail(tmp_path: Path) -> None:

@@ -553,8 +553,10 @@ def test_an_exchange_of_nothing_works() -> None:
             assert all(len(piece.out) == 0 for piece in jobs[0].pieces)
 
 
-@pytest.mark.parametrize("name", QSGD.exchanges)
-def test_phases_are_the_collectives_that_come(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "codec"), [*((name, QSGD()) for name in QSGD.exchanges), ("linear", RandomK(0.1))], ids=str
+)
+def test_phases_are_the_collectives_that_come(name: str, codec: Codec) -> None:
     """Graphs are built for these phases before any exchange runs."""
     seen: list[list[str]] = []
 
@@ -570,7 +572,7 @@ def test_phases_are_the_collectives_that_come(name: str) -> None:
             phases.append(phase_of(request))
             outcome = yield request
 
-    jobs = make_jobs(QSGD(), [[gauss(2000, rank), gauss(700, rank)] for rank in range(3)])
+    jobs = make_jobs(codec, [[gauss(2000, rank), gauss(700, rank)] for rank in range(3)])
     simulate([recorded(EXCHANGES[name](job)) for job in jobs])
     assert seen == [list(EXCHANGES[name].phases)] * 3
 

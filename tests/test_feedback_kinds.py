@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkers import as_is, check_same_bits, gauss, run_exchange, wrapper
+from checkers import as_is, check_same_bits, gauss, run_exchange, run_torch_exchange, wrapper
 
-from hvd_qsgd import QSGD, Codec, ConfigError, ExchangeError, Scaled, TopK, codec_from_config
+from hvd_qsgd import QSGD, Codec, ConfigError, ExchangeError, Scaled, ThresholdTopK, TopK, codec_from_config
 from hvd_qsgd.exchanges import Job, Piece
 from hvd_qsgd.feedback import (
     EF21,
@@ -44,14 +44,25 @@ PAIRS = [
 EACH_PAIR = pytest.mark.parametrize(("exchange", "codec"), PAIRS, ids=str)
 
 
-def step(kinds: list[Feedback], codec: Codec, exchange: str, inputs: list[np.ndarray], number: int) -> list[Job]:
+def step(
+    kinds: list[Feedback],
+    codec: Codec,
+    exchange: str,
+    inputs: list[np.ndarray],
+    number: int,
+    backend: str = "numba",
+) -> list[Job]:
     """One step of a tensor on all ranks; the means are in the jobs' pieces."""
-    jobs = []
+    wrap, jobs = wrapper(backend), []
     for rank, (kind, x) in enumerate(zip(kinds, inputs)):
-        corrected = kind.correct("w", x, len(kinds))
-        piece = Piece("w", corrected, np.empty_like(x), stream_of(0, rank, "w"), number, keep_error=True)
-        jobs.append(Job("job", [piece], kernels_for(codec, "numba"), rank, len(kinds), np.empty))
-    run_exchange(exchange, jobs)
+        corrected = kind.correct("w", wrap(x), len(kinds))
+        piece = Piece("w", corrected, wrap(np.empty_like(x)), stream_of(0, rank, "w"), number, keep_error=True)
+
+        def empty(length: int, dtype: str) -> Any:
+            return wrap(np.empty(length, dtype))
+
+        jobs.append(Job("job", [piece], kernels_for(codec, backend), rank, len(kinds), empty))
+    (run_torch_exchange if backend == "torch" else run_exchange)(exchange, jobs)
     for kind, job in zip(kinds, jobs):
         piece = job.pieces[0]
         settle = kind.keep if np.isfinite(piece.out).all() else kind.discard
@@ -138,6 +149,26 @@ def test_resuming_equals_going_on(kind: Feedback, exchange: str, codec: Codec) -
         check_same_bits(mean, wanted)
     forgotten = run([kind.fresh() for _ in range(RANKS)], range(3, 6))
     assert not np.array_equal(forgotten[-1], expected[-1])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("exchange", "codec"),
+    [*PAIRS[:2], ("scatter_gather", PAIRS[2][1]), ("allgather", ThresholdTopK(0.1, method="sample"))],
+    ids=str,
+)
+def test_torch_tensors_are_remembered_like_numpy_arrays(kind: Feedback, exchange: str, codec: Codec) -> None:
+    """As on a GPU: kernels, exchange and memory are those of torch."""
+    both = {backend: [kind.fresh() for _ in range(RANKS)] for backend in ("numba", "torch")}
+    for number in range(4):
+        jobs = [step(kinds, codec, exchange, gradients(number), number, backend)[0] for backend, kinds in both.items()]
+        outs = [job.pieces[0].out for job in jobs]
+        # Norms, by which MomentumCorrection clips, are sums in another order.
+        np.testing.assert_allclose(outs[1].numpy(), outs[0], rtol=1e-5, atol=1e-6)
+    for one, other in zip(*both.values()):
+        assert one.numbers() == other.numbers() and one.arrays().keys() == other.arrays().keys()
+        for path, array in one.arrays().items():
+            np.testing.assert_allclose(other.arrays()[path].numpy(), array, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

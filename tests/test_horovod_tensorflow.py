@@ -8,7 +8,7 @@ import pytest
 from launch import check, compile_kernels, launch, launch_pytest
 
 FOLDER = "horovod_tensorflow"
-CORE = ["test_rank_checks.py", "test_allreduce.py", "test_tape.py", "test_feedback.py"]
+CORE = ["test_rank_checks.py", "test_allreduce.py", "test_tape.py", "test_feedback.py", "test_family.py"]
 #: For four ranks on few cores.
 SOME = "test_gradients or test_settings_of_the_tape or test_two_models or test_two_halves"
 WORKER = str(Path(__file__).with_name("mixed_frameworks.py"))

@@ -93,9 +93,6 @@ CODECS: list[Codec] = [
     GlobalTopK(0.1),
     Scaled(QSGD(norm="l2")),
     Scaled(RandomK(0.2, unbiased=True)),
-]
-#: Whose codes are made one after the other, or whose choice depends on what was seen before: on the CPU only.
-CPU_CODECS: list[Codec] = [
     EliasQSGD(),
     EliasQSGD(2, 65536),
     EliasQSGD(8, 64, "max", "nearest"),
@@ -105,8 +102,7 @@ CPU_CODECS: list[Codec] = [
 ]
 EACH_PAIR = pytest.mark.parametrize(
     ("backend", "codec"),
-    [pytest.param(*b.values, c, marks=b.marks) for b in BACKENDS for c in CODECS]
-    + [("numba", codec) for codec in CPU_CODECS],
+    [pytest.param(*b.values, c, marks=b.marks) for b in BACKENDS for c in CODECS],
     ids=str,
 )
 
@@ -136,6 +132,7 @@ def test_bytes_and_values_are_those_of_numpy_on_any_input(
     check_kernels(codec, kernels_for(codec, backend), x, key, bucket * codec.granularity, wrapper(backend))
 
 
+@EACH_BACKEND
 @given(
     codec=st.one_of(
         st.builds(
@@ -150,8 +147,10 @@ def test_bytes_and_values_are_those_of_numpy_on_any_input(
     x=float32_arrays(),
     key=st.integers(0, 2**64 - 1),
 )
-def test_bytes_of_codecs_of_the_cpu_are_those_of_numpy_on_any_input(codec: Codec, x: np.ndarray, key: int) -> None:
-    check_kernels(codec, kernels_for(codec, "numba"), x, key)
+def test_bytes_of_varying_number_are_those_of_numpy_on_any_input(
+    backend: str, codec: Codec, x: np.ndarray, key: int
+) -> None:
+    check_kernels(codec, kernels_for(codec, backend), x, key, 0, wrapper(backend))
 
 
 @EACH_BACKEND
@@ -334,7 +333,7 @@ def test_half_precision_check_fails_on_one_flipped_bit(function: str) -> None:
 
 def test_every_codec_has_kernels_on_every_backend() -> None:
     for backend in ("numpy", "numba", "torch"):
-        for codec in CODECS + (CPU_CODECS if backend != "torch" else []):
+        for codec in CODECS:
             assert kernels_for(codec, backend).codec == codec
     for codec in (QSGD(), TopK(), Identity(), Cast()):
         assert kernels_for(codec, "tensorflow").codec == codec

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from checkers import gauss
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_qsgd import QSGD, Codec, ConfigError, Identity, TopK
+from hvd_qsgd import QSGD, Codec, ConfigError, GlobalTopK, Identity, RandomK, RowTopK, ThresholdTopK, TopK
 from hvd_qsgd.policies import Accordion, Fixed, LGreCo, Policy, Rules, Tensor, WarmUp, parse_codec
 from hvd_qsgd.policies.lgreco import cheapest, measure
 
@@ -89,17 +91,24 @@ def advance(policy: Policy, epoch: int, rate: float | None = None) -> None:
     policy.apply(json.loads(json.dumps(policy.decide(epoch, rate))))
 
 
-def test_warm_up_steps_through_its_codecs() -> None:
-    policy = WarmUp.of_ratios(TopK(0.001))
+@pytest.mark.parametrize(
+    "sparsifier", [TopK, GlobalTopK, RowTopK, RandomK, partial(ThresholdTopK, method="sidco-pareto")], ids=str
+)
+def test_warm_up_steps_through_its_codecs(sparsifier: Any) -> None:
+    policy = WarmUp.of_ratios(sparsifier(0.001))
     ratios = []
     for epoch in range(6):
         advance(policy, epoch)
         codec: Any = policy.codec(OTHER)
+        assert codec == sparsifier(codec.ratio)
         ratios.append(codec.ratio)
     assert ratios == [0.25, 0.0625, 0.0156, 0.004, 0.001, 0.001]
     assert len(WarmUp.of_ratios(TopK(0.05)).every_codec()) == 3
     with pytest.raises(ConfigError):
         WarmUp([])
+    for codec in (QSGD(), TopK(k=3)):
+        with pytest.raises(ConfigError, match="has no ratio"):
+            WarmUp.of_ratios(codec)
 
 
 def test_policies_inside_rules_go_their_own_way() -> None:
@@ -135,16 +144,18 @@ def test_accordion_follows_the_change_of_the_norm() -> None:
     assert accordion_run([10] * 7, [1] * 7, every=3) == [low] * 3 + [low] * 0 + [high] * 4
 
 
-def test_accordion_continues_from_its_state() -> None:
+def copied(policy: Policy) -> Any:
+    """The state as a checkpoint brings it back."""
+    return pickle.loads(pickle.dumps(policy.state()))
+
+
+def test_accordion_continues_in_the_middle_of_an_epoch() -> None:
     policy = Accordion(Identity(), TopK(), every=1)
     for epoch in range(3):
         advance(policy, epoch, 1.0)
         policy.observe(OTHER, gauss(100))
     again = Accordion(Identity(), TopK(), every=1)
-    again.load(json.loads(json.dumps(policy.state())))
-    for one in (policy, again):
-        one._sums.clear()
-        one.observe(OTHER, gauss(100))
+    again.load(copied(policy))
     assert again.decide(3, 1.0) == policy.decide(3, 1.0) == {"block.weight": 1}
     assert again.decide(4, 0.1) == {}
 
@@ -190,8 +201,12 @@ def test_lgreco_spends_the_error_where_it_saves_most() -> None:
     assert sum(before[t][0][picks[t]] for t in tensors) <= sum(before[t][0][0] for t in tensors)
     assert sum(before[t][1][picks[t]] for t in tensors) < sum(before[t][1][0] for t in tensors)
     again = LGreCo(codecs)
-    again.load(json.loads(json.dumps(policy.state())))
+    again.load(copied(policy))
     assert {t.name: again.codec(t) for t in tensors} == chosen
+    policy.observe(OTHER, gauss(OTHER.elements))
+    forgetful, again = again, LGreCo(codecs)
+    again.load(copied(policy))
+    assert again.decide(1) == policy.decide(1) != forgetful.decide(1)
 
 
 def test_lgreco_without_a_choice_is_refused() -> None:

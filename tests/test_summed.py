@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkers import check_config, check_same_bits, check_same_on_all_ranks, gauss, run_exchange
+from checkers import (
+    check_config,
+    check_same_bits,
+    check_same_on_all_ranks,
+    gauss,
+    run_exchange,
+    run_torch_exchange,
+)
 
 from hvd_qsgd import ConfigError, ExchangeError, IntSGD, PowerSGD, UnsupportedError
 from hvd_qsgd.exchanges import Job, Piece
@@ -27,6 +34,8 @@ class Cluster:
         self.feedback = [ErrorFeedback() for _ in range(ranks)]
         self.memories: list[dict[int, dict[str, Any]]] = [{} for _ in range(ranks)]
         self.number = 0
+        #: Ranks that have a step less behind them.
+        self.late: set[int] = set()
 
     def step(self, inputs: list[list[np.ndarray]], tamper: Any = None) -> list[Job]:
         """Means are in the jobs' pieces, as NumPy arrays."""
@@ -42,7 +51,7 @@ class Cluster:
                     self.wrap(given),
                     self.wrap(np.zeros_like(flat)),
                     stream_of(0, owner, f"t{i}"),
-                    self.number,
+                    self.number - (rank in self.late),
                     keep_error=self.keep_error,
                     shape=x.shape,
                     memory=self.memories[rank].setdefault(i, {}),
@@ -53,7 +62,7 @@ class Cluster:
         if self.backend == "numpy":
             run_exchange(self.codec.name, jobs, tamper)
         else:
-            run_torch(self.codec.name, jobs)
+            run_torch_exchange(self.codec.name, jobs)
         for feedback, job in zip(self.feedback, jobs):
             for i, piece in enumerate(job.pieces):
                 piece.x, piece.out = np.asarray(piece.x), np.asarray(piece.out)
@@ -73,31 +82,6 @@ class Cluster:
 
     def empty(self, length: int, dtype: str) -> Any:
         return self.wrap(np.empty(length, dtype))
-
-
-def run_torch(name: str, jobs: list[Job]) -> None:
-    """All ranks of one exchange whose arrays are torch tensors."""
-    import torch
-
-    from hvd_qsgd.collectives.simulated import perform
-    from hvd_qsgd.exchanges import EXCHANGES
-    from hvd_qsgd.exchanges.base import ToHost
-
-    steps = [EXCHANGES[name](job) for job in jobs]
-    outcomes: list[Any] = [None] * len(jobs)
-    while True:
-        requests = []
-        for generator, outcome in zip(steps, outcomes):
-            try:
-                request = generator.send(outcome)
-            except StopIteration:
-                continue
-            request.array = request.array.numpy()
-            requests.append(request)
-        if not requests:
-            return
-        on_host = isinstance(requests[0], ToHost)
-        outcomes = [o if on_host else torch.from_numpy(o) for o in perform(requests, len(jobs))]
 
 
 def gradients(number: int, ranks: int, shapes: Any = SHAPES) -> list[list[np.ndarray]]:
@@ -244,6 +228,14 @@ def test_grids_that_differ_are_noticed() -> None:
     cluster.step(gradients(0, 2))
     cluster.memories[1][0]["square"] *= 1.001
     with pytest.raises(ExchangeError, match="do not agree on what they add up"):
+        cluster.step(gradients(1, 2))
+
+
+def test_a_rank_that_missed_steps_of_powersgd_is_noticed() -> None:
+    cluster = Cluster(PowerSGD(2), 2)
+    cluster.step(gradients(0, 2))
+    cluster.late.add(1)
+    with pytest.raises(ExchangeError, match="other steps behind them"):
         cluster.step(gradients(1, 2))
 
 

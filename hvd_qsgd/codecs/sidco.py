@@ -9,6 +9,7 @@ a variance, like a Cauchy distribution, is beyond the fits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,16 @@ TOO_MANY, TOO_FEW = 1.2, 0.8
 GAMMA_ITERATIONS = 20
 
 
-def threshold(magnitudes: np.ndarray, ratio: float, fit: str, stages: int) -> float:
+#: Of float32 magnitudes of any backend: mean, variance, and mean of the logarithms of those that are not zero.
+Moments = Callable[[Any], tuple[float, float, float]]
+
+
+def moments(magnitudes: np.ndarray) -> tuple[float, float, float]:
+    values = magnitudes.astype(np.float64)
+    return float(values.mean()), float(values.var()), float(np.log(values[values > 0]).mean())
+
+
+def threshold(magnitudes: Any, ratio: float, fit: str, stages: int, moments: Moments = moments) -> float:
     """A magnitude that about ``ratio`` of ``magnitudes`` (float32, no zeros) exceed.
 
     ``fit`` is of the first stage; later ones, whose data is a tail, use the generalized Pareto
@@ -31,25 +41,24 @@ def threshold(magnitudes: np.ndarray, ratio: float, fit: str, stages: int) -> fl
     if not len(magnitudes):
         return 0.0
     first = ratio if stages == 1 else max(FIRST_RATIO, ratio)
-    found = tail(magnitudes, first, fit)
+    found = tail(moments(magnitudes), first, fit)
     if stages == 1 or ratio >= FIRST_RATIO:
         return found
     later = (ratio / FIRST_RATIO) ** (1 / (stages - 1))
     fit = "exponential" if fit == "exponential" else "pareto"
     for _ in range(stages - 1):
-        magnitudes = magnitudes[magnitudes > found]
+        lowest = float(np.float32(found))
+        magnitudes = magnitudes[magnitudes > lowest]
         # The excess over the threshold is what has the fitted distribution.
         if len(magnitudes) < 2:
             break
-        found += tail(magnitudes - np.float32(found), later, fit)
+        found += tail(moments(magnitudes - lowest), later, fit)
     return found
 
 
-def tail(magnitudes: np.ndarray, ratio: float, fit: str) -> float:
-    """What a value exceeds with probability ``ratio``, by a distribution fitted to ``magnitudes``."""
-    values = magnitudes.astype(np.float64)
-    mean = float(values.mean())
-    variance = float(values.var())
+def tail(moments: tuple[float, float, float], ratio: float, fit: str) -> float:
+    """What a value exceeds with probability ``ratio``, by a distribution fitted to the :data:`Moments` of some."""
+    mean, variance, mean_log = moments
     if fit == "exponential" or variance <= 0:
         return -mean * math.log(ratio)
     if fit == "pareto":
@@ -58,7 +67,7 @@ def tail(magnitudes: np.ndarray, ratio: float, fit: str) -> float:
         if abs(shape) < 1e-9:
             return -scale * math.log(ratio)
         return scale * (1 - ratio**shape) / shape
-    spread = math.log(mean) - float(np.log(values[values > 0]).mean())
+    spread = math.log(mean) - mean_log
     if spread <= 0:
         return mean
     shape = (3 - spread + math.sqrt((spread - 3) ** 2 + 24 * spread)) / (12 * spread)

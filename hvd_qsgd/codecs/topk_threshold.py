@@ -35,7 +35,8 @@ class ThresholdTopK(TopK):
             sample, refined as in DGC. "sidco-exponential", "sidco-pareto", "sidco-gamma": SIDCo's fits.
         every: steps that a threshold is used for.
 
-    Without memory (encoded by itself) "reuse" is exact. Runs on the CPU.
+    Without memory (encoded by itself) "reuse" is exact. Backends send the same bytes given the same threshold; SIDCo's
+    follow from sums in float64, whose last bits differ between backends.
 
     Raises:
         ConfigError: a value is out of range.
@@ -66,65 +67,77 @@ class ThresholdTopK(TopK):
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         return Remembering(self, {}).encode_into(x, out, key, first)
 
-    def select(self, x: np.ndarray, memory: dict[str, Any], above: Any) -> np.ndarray:
-        """Ascending positions of what to send of finite values, none of them zero.
-
-        ``above(x, threshold)`` gives the positions of magnitudes of at least a threshold above 0.
-        """
-        wanted = self.kept(x.size)
-        if wanted == x.size:
-            return np.asarray(above(x, 0.0))
+    def select(self, x: Any, memory: dict[str, Any], search: type[Search]) -> Any:
+        """Ascending positions of what to send of finite values, none of them zero; arrays are those of ``search``."""
+        wanted = self.kept(len(x))
+        if wanted == len(x):
+            return search.above(x, 0.0)
         if self.method == "reuse":
-            return self._reuse(x, memory, above, wanted)
+            return self._reuse(x, memory, search, wanted)
         if self.method == "sample":
-            return self._sample(x, above, wanted)
-        fit = self.method.removeprefix("sidco-")
-        magnitudes = np.abs(x[x != 0])
+            return self._sample(x, search, wanted)
+        magnitudes = abs(x[x != 0])
         # The ratio counts all values, the fit knows those that are not zero.
         ratio = min(wanted / max(len(magnitudes), 1), 1.0)
-        guess = sidco.threshold(magnitudes, ratio, fit, memory.get("stages", 1)) if ratio < 1 else 0.0
-        guess = min(guess, LARGEST)
-        positions = above(x, guess)
+        guess = 0.0
+        if ratio < 1:
+            fit = self.method.removeprefix("sidco-")
+            guess = min(sidco.threshold(magnitudes, ratio, fit, memory.get("stages", 1), search.moments), LARGEST)
+        positions = search.above(x, guess)
         sidco.adapt(memory, len(positions) / max(wanted, 1), self.ratio or 1.0)
-        return self._at_most(x, positions, self.most(x.size))
+        return self._at_most(x, positions, search, self.most(len(x)))
 
-    def _reuse(self, x: np.ndarray, memory: dict[str, Any], above: Any, wanted: int) -> np.ndarray:
+    def _reuse(self, x: Any, memory: dict[str, Any], search: type[Search], wanted: int) -> Any:
         if memory.get("left", 0) > 0:
-            positions = above(x, memory["threshold"])
+            positions = search.above(x, memory["threshold"])
             if wanted / 2 <= len(positions) <= MOST * wanted:
                 memory["left"] -= 1
-                return np.asarray(positions)
-        magnitudes = x.view(np.uint32) & ABS_MASK
-        positions = largest_positions(magnitudes, min(wanted, int(np.count_nonzero(magnitudes))))
-        memory["threshold"] = float(np.abs(x[positions]).min()) if len(positions) else 0.0
+                return positions
+        positions = search.largest(x, wanted)
+        memory["threshold"] = float(abs(x[positions]).min()) if len(positions) else 0.0
         memory["left"] = self.every - 1
         return positions
 
-    def _sample(self, x: np.ndarray, above: Any, wanted: int) -> np.ndarray:
-        if wanted >= x.size:
-            return np.asarray(above(x, 0.0))
-        stride = max(int(min(1 / SAMPLE_RATIO, (self.ratio or 1.0) * x.size / 8)), 1)
-        sample = np.abs(x[::stride])
-        rank = min(max(round(wanted * len(sample) / max(x.size, 1)), 1), len(sample))
-        guess = float(np.partition(sample, len(sample) - rank)[len(sample) - rank]) if rank else 0.0
-        positions = above(x, guess)
+    def _sample(self, x: Any, search: type[Search], wanted: int) -> Any:
+        stride = max(int(min(1 / SAMPLE_RATIO, (self.ratio or 1.0) * len(x) / 8)), 1)
+        sample = abs(x[::stride])
+        guess = search.ranked(sample, min(max(round(wanted * len(sample) / len(x)), 1), len(sample)))
+        positions = search.above(x, guess)
         for _ in range(ATTEMPTS):
             if len(positions) >= LOWER * wanted:
                 break
             guess *= 0.8
-            positions = above(x, guess)
-        return self._at_most(x, positions, wanted) if len(positions) > UPPER * wanted else np.asarray(positions)
+            positions = search.above(x, guess)
+        return self._at_most(x, positions, search, wanted) if len(positions) > UPPER * wanted else positions
 
-    def _at_most(self, x: np.ndarray, positions: np.ndarray, count: int) -> np.ndarray:
+    def _at_most(self, x: Any, positions: Any, search: type[Search], count: int) -> Any:
         """The ``count`` largest of some positions."""
-        if len(positions) <= count:
-            return np.asarray(positions)
-        return np.asarray(positions)[largest_positions(x[positions].view(np.uint32) & ABS_MASK, count)]
+        return positions if len(positions) <= count else positions[search.largest(x[positions], count)]
 
 
-def above(x: np.ndarray, threshold: float) -> np.ndarray:
-    """Positions of magnitudes of at least ``threshold``, and above zero."""
-    return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
+class Search:
+    """What a selection by threshold asks of a backend; here of NumPy."""
+
+    @staticmethod
+    def above(x: Any, threshold: float) -> Any:
+        """Ascending positions of magnitudes of at least ``threshold`` rounded to float32, and above zero."""
+        return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
+
+    @staticmethod
+    def largest(x: Any, count: int) -> Any:
+        """Ascending positions of the ``count`` largest magnitudes, of equal ones the first; never of zeros."""
+        magnitudes = x.view(np.uint32) & ABS_MASK
+        return largest_positions(magnitudes, min(count, int(np.count_nonzero(magnitudes))))
+
+    @staticmethod
+    def ranked(magnitudes: Any, rank: int) -> float:
+        """The ``rank``-th largest, from 1."""
+        return float(np.partition(magnitudes, len(magnitudes) - rank)[len(magnitudes) - rank])
+
+    @staticmethod
+    def moments(magnitudes: Any) -> tuple[float, float, float]:
+        """See :data:`hvd_qsgd.codecs.sidco.Moments`."""
+        return sidco.moments(magnitudes)
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,7 @@ class Remembering(Kernels):
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         if x.size and (x.view(np.uint32) & ABS_MASK).max() >= INFINITY_BITS:
             return self.codec.write_not_finite(out)
-        return self.codec.write(x, self.codec.select(x, self.memory, above), out)
+        return self.codec.write(x, self.codec.select(x, self.memory, Search), out)
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         self.codec.decode_into(payload, out, mode)

@@ -21,6 +21,7 @@ INPUTS: dict[str, list[tf.DType]] = {
     "alltoall": [tf.uint8, tf.int32],
     "max": [tf.int32],
     "sum": [tf.int32],
+    "sum_float": [tf.float32],
 }
 
 

@@ -67,7 +67,11 @@ class HorovodHandle:
                     f"{self.request.name}: the ranks started different collectives ({error}). "
                     f"All ranks must run the same model with the same compressor settings."
                 ) from error
-            raise
+            # Of the same type, because elastic jobs go on from it.
+            raise HorovodInternalError(
+                f"{error} It was waiting for {self.request.name}, named after tensors; which ranks did not come, "
+                f"Horovod's log says."
+            ) from error
         if isinstance(self.request, AllToAll):
             received, sizes = outcome
             return self._taken(received), sizes.tolist()

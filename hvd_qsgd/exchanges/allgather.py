@@ -7,7 +7,17 @@ variable size, and the best one for two or three ranks.
 from __future__ import annotations
 
 from hvd_qsgd.codecs.base import Codec
-from hvd_qsgd.exchanges.base import AllGather, Exchange, Job, Steps, Work, aligned, read_words, write_words
+from hvd_qsgd.exchanges.base import (
+    AllGather,
+    Exchange,
+    Job,
+    Steps,
+    Work,
+    aligned,
+    other_message,
+    read_words,
+    write_words,
+)
 
 
 def allgather(job: Job) -> Steps:
@@ -31,7 +41,7 @@ def allgather(job: Job) -> Steps:
     at = 0
     spans: list[list[tuple[int, int]]] = [[] for _ in job.pieces]
     for rank in range(job.ranks):
-        words, detail = own, f"rank {rank} sent something else than was expected"
+        words, detail = own, other_message(rank)
         if job.codec.variable_size:
             words = yield from read_words(gathered[at : at + head], f"{job.name}.{rank}")
             if len(words) != len(own) or words[0] != fingerprint:

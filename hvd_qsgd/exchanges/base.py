@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -23,6 +24,8 @@ from hvd_qsgd.random_words import key_of
 
 #: Payloads start at multiples of this many bytes inside a message.
 ALIGNMENT = 4
+#: Of a fingerprint that is added up with the words of all ranks.
+CHECK_BITS = 12
 
 
 @dataclass
@@ -67,7 +70,9 @@ Request = Union[AllGather, AllToAll, AllReduce, ToHost]
 
 def phase_of(request: Request) -> str:
     """What a request is called in :attr:`Exchange.phases`."""
-    return request.op if isinstance(request, AllReduce) else type(request).__name__.lower()
+    if not isinstance(request, AllReduce):
+        return type(request).__name__.lower()
+    return request.op if "int" in str(request.array.dtype) else f"{request.op}_float"
 
 
 Steps = Generator[Request, Any, None]
@@ -200,6 +205,22 @@ class Job:
         for piece, flag in zip(kept, seen[at:]):
             piece.finite = bool(flag)
 
+    def check_bits(self, exchange: str) -> int:
+        """Low bits of the fingerprint, which differ as well when two ranks draw other common random words.
+
+        Their sum over 4096 ranks is exact in float32. A rank draws other words if it has another seed, or another
+        number of steps behind it.
+        """
+        keys = functools.reduce(operator.xor, (piece.key() for piece in self.pieces), 0)
+        return (self.fingerprint(exchange) ^ keys) & ((1 << CHECK_BITS) - 1)
+
+    def other_sums(self) -> ExchangeError:
+        return self.disagreement(
+            "the ranks do not agree on what they add up: they have other settings, another seed, or other steps behind "
+            "them, as after hvd.join() or with checkpoints of different steps, where compressor.reset() on all ranks "
+            "helps"
+        )
+
     def disagreement(self, detail: str) -> ExchangeError:
         return ExchangeError(
             f"Rank {self.rank}, exchange {self.name!r}: {detail}. All ranks must run the same model with the same "
@@ -268,6 +289,15 @@ def _torch() -> Any:
     return torch
 
 
+def other_message(rank: int) -> str:
+    """What is wrong with a message that is not the expected one."""
+    # Horovod refuses a gather with a rank that has joined, but not if its cache knows the gather.
+    return (
+        f"rank {rank} sent something else than was expected, or has called hvd.join(), which only "
+        f'exchange="allreduce" can go on with'
+    )
+
+
 def ring_bytes(size: int, ranks: int) -> float:
     """What a rank sends for an allreduce of ``size`` bytes that runs as a ring."""
     return 2 * (ranks - 1) / ranks * size
@@ -308,7 +338,7 @@ class Exchange:
     #: Of a codec, a number of elements and a number of ranks.
     work: Callable[[Codec, int, int], Work]
     #: The collectives that it yields, in order, for frameworks that build their graph beforehand: "allgather",
-    #: "alltoall", "max" and "sum" of int32 words. Empty where that does not describe it.
+    #: "alltoall", "max" and "sum" of int32 words, "sum_float" of float32 ones. Empty where that does not describe it.
     phases: tuple[str, ...] = ()
 
     def __call__(self, job: Job) -> Steps:

@@ -14,8 +14,8 @@ import numpy as np
 
 from hvd_qsgd.codecs.intsgd import IntSGD
 from hvd_qsgd.exchanges.allreduce import allreduce
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
-from hvd_qsgd.exchanges.linear import CHECK_BITS, checked_sum
+from hvd_qsgd.exchanges.base import CHECK_BITS, AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
+from hvd_qsgd.exchanges.linear import checked_sum
 from hvd_qsgd.kernels import kernels_of
 
 

@@ -15,9 +15,6 @@ import numpy as np
 
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Request, Steps, ToHost, Work, ring_bytes
 
-#: Bits of the fingerprint that go along: their sum over 4096 ranks is exact in float32.
-CHECK_BITS = 12
-
 
 class LinearKernels(Protocol):
     """What a codec's kernels offer to ride this exchange."""
@@ -32,10 +29,10 @@ class LinearKernels(Protocol):
 
 
 def linear(job: Job) -> Steps:
-    """The sum of [1, low bits of the fingerprint, words of each piece]."""
+    """The sum of [1, check bits, words of each piece]."""
     kernels: Any = job.kernels
     codec: Any = job.codec
-    check = job.fingerprint("linear") & ((1 << CHECK_BITS) - 1)
+    check = job.check_bits("linear")
     lengths = [codec.sum_length(len(piece.x)) for piece in job.pieces]
     message = job.empty(2 + sum(lengths), codec.sum_dtype)
     message[:1], message[1:2] = 1, check
@@ -70,7 +67,7 @@ def checked_sum(job: Job, sums: Any, check: int) -> Generator[Request, Any, int]
     seen = head if isinstance(head, np.ndarray) else (yield ToHost(f"{job.name}.contributors", head))
     contributors, checks = (int(number) for number in seen)
     if checks != contributors * check:
-        raise job.disagreement("the ranks do not agree on what they add up")
+        raise job.other_sums()
     return contributors
 
 
@@ -79,4 +76,4 @@ def work(codec: Any, length: int, ranks: int) -> Work:
     return Work({"allreduce": sent}, encoded=length, decoded=length)
 
 
-LINEAR = Exchange(linear, work)
+LINEAR = Exchange(linear, work, ("sum_float",))

@@ -17,7 +17,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, all_finite, ring_bytes, sent
-from hvd_qsgd.exchanges.linear import CHECK_BITS, checked_sum
+from hvd_qsgd.exchanges.linear import checked_sum
 from hvd_qsgd.random_words import words
 
 #: Share of a column's norm that float32 cannot tell from rounding.
@@ -25,10 +25,10 @@ NEGLIGIBLE = 1e-5
 
 
 def powersgd(job: Job) -> Steps:
-    """The sums of [1, low bits of the fingerprint, P of each piece] and of [Q of each piece]."""
+    """The sums of [1, check bits, P of each piece] and of [Q of each piece]."""
     codec = job.codec
     assert isinstance(codec, PowerSGD)
-    check = job.fingerprint("powersgd") & ((1 << CHECK_BITS) - 1)
+    check = job.check_bits("powersgd")
     shapes = [matrix_shape(piece) for piece in job.pieces]
     factors = [_start(codec, piece, *shape) if codec.pays(*shape) else None for piece, shape in zip(job.pieces, shapes)]
 

@@ -21,6 +21,7 @@ from hvd_qsgd.exchanges.base import (
     Steps,
     Work,
     aligned,
+    other_message,
     read_words,
     shards_of,
     write_words,
@@ -122,7 +123,7 @@ class ShardMessages:
         Raises:
             ExchangeError: it is another message than was expected.
         """
-        detail = f"rank {rank} sent something else than was expected"
+        detail = other_message(rank)
         head = message[at : at + self._head(segments)]
         most = [self._most(segment) for segment in segments]
         sizes = most

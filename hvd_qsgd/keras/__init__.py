@@ -21,8 +21,14 @@ from hvd_qsgd.keras.optimizer import DistributedOptimizer  # noqa: E402
 from hvd_qsgd.tensorflow import (  # noqa: E402
     CastCompressor,
     Compressor,
+    EliasQSGDCompressor,
+    GlobalTopKCompressor,
     IdentityCompressor,
     QSGDCompressor,
+    RandomKCompressor,
+    RowTopKCompressor,
+    SignCompressor,
+    ThresholdTopKCompressor,
     TopKCompressor,
 )
 
@@ -31,8 +37,14 @@ __all__ = [
     "CastCompressor",
     "Compressor",
     "DistributedOptimizer",
+    "EliasQSGDCompressor",
+    "GlobalTopKCompressor",
     "IdentityCompressor",
     "MetricAverageCallback",
     "QSGDCompressor",
+    "RandomKCompressor",
+    "RowTopKCompressor",
+    "SignCompressor",
+    "ThresholdTopKCompressor",
     "TopKCompressor",
 ]

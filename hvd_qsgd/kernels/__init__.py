@@ -39,6 +39,8 @@ KERNELS: dict[str, dict[str, str]] = {
         "cast": "hvd_qsgd.kernels.torch.plain:CastKernels",
         "topk_global": "hvd_qsgd.kernels.torch.topk:TopKKernels",
         "topk_rows": "hvd_qsgd.kernels.torch.topk_rows:RowTopKKernels",
+        "topk_threshold": "hvd_qsgd.kernels.torch.topk_threshold:ThresholdKernels",
+        "qsgd_elias": "hvd_qsgd.kernels.torch.on_host:HostKernels",
         "random_k": "hvd_qsgd.kernels.torch.random_k:RandomKKernels",
         "sign": "hvd_qsgd.kernels.torch.sign:SignKernels",
         "scaled": "hvd_qsgd.kernels.scaled:TorchKernels",

@@ -88,9 +88,8 @@ class Accordion(Policy):
         self._calm = set(decisions)
 
     def state(self) -> dict[str, Any]:
-        """At the start of an epoch: what was added up since is not in it."""
-        return {"norms": self._norms, "rate": self._rate, "calm": sorted(self._calm)}
+        return {"sums": dict(self._sums), "norms": self._norms, "rate": self._rate, "calm": sorted(self._calm)}
 
     def load(self, state: dict[str, Any]) -> None:
-        self._sums.clear()
+        self._sums = dict(state["sums"])
         self._norms, self._rate, self._calm = dict(state["norms"]), state["rate"], set(state["calm"])

@@ -66,7 +66,8 @@ class Policy(ABC):
         return None
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`decide` goes by: plain numbers, strings, lists and dictionaries."""
+        """What :meth:`decide` goes by, equal on all ranks: plain values, and arrays as :meth:`observe` gets them, in
+        dictionaries."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -79,10 +79,10 @@ class LGreCo(Policy):
         self._chosen = dict(decisions)
 
     def state(self) -> dict[str, Any]:
-        return {"chosen": self._chosen}
+        return {"chosen": self._chosen, "last": dict(self._last)}
 
     def load(self, state: dict[str, Any]) -> None:
-        self._last.clear()
+        self._last = dict(state["last"])
         self._chosen = {name: int(choice) for name, choice in state["chosen"].items()}
 
 

@@ -35,7 +35,12 @@ class WarmUp(Policy):
         """A sparsifier whose ``ratio`` takes these values before its own.
 
         The default is the schedule of Lin et al., Deep gradient compression (arXiv 1712.01887), section 3.3.
+
+        Raises:
+            ConfigError: the codec has no ratio.
         """
+        if getattr(codec, "ratio", None) is None:
+            raise ConfigError(f"WarmUp: {codec} has no ratio to begin above. Give WarmUp its codecs.")
         steps = [replace(codec, ratio=ratio) for ratio in ratios if ratio > codec.ratio]
         return cls([*steps, codec])
 

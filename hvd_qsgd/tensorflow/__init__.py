@@ -15,5 +15,25 @@ from hvd_qsgd.tensorflow.compressor import (  # noqa: E402  (only versions that 
     QSGDCompressor,
     TopKCompressor,
 )
+from hvd_qsgd.tensorflow.family import (  # noqa: E402
+    EliasQSGDCompressor,
+    GlobalTopKCompressor,
+    RandomKCompressor,
+    RowTopKCompressor,
+    SignCompressor,
+    ThresholdTopKCompressor,
+)
 
-__all__ = ["CastCompressor", "Compressor", "IdentityCompressor", "QSGDCompressor", "TopKCompressor"]
+__all__ = [
+    "CastCompressor",
+    "Compressor",
+    "EliasQSGDCompressor",
+    "GlobalTopKCompressor",
+    "IdentityCompressor",
+    "QSGDCompressor",
+    "RandomKCompressor",
+    "RowTopKCompressor",
+    "SignCompressor",
+    "ThresholdTopKCompressor",
+    "TopKCompressor",
+]

@@ -95,8 +95,8 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         super().__init__(codec, **settings)
         if not isinstance(codec, Codec) or not all(EXCHANGES[name].phases for name in codec.exchanges):
             raise ConfigError(
-                f"{codec} is for torch only. With TensorFlow, use a codec that travels by allgather, scatter_gather "
-                f"or allreduce, and one for all tensors."
+                f"{codec} is for torch only. With TensorFlow, use one codec for all tensors, other than PowerSGD and "
+                f"IntSGD."
             )
         self.codec = codec
         self._names = VariableNames()

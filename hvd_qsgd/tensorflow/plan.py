@@ -224,6 +224,7 @@ class Plan:
     @with_subnormals
     def _start(self, number: int, token: np.int64, *tensors: np.ndarray) -> list[Any]:
         run, bundle = self._runs[int(token)], self._bundles[number]
+        owner = 0 if self._compressor.codec.shared_randomness else self._collectives.rank
         pieces = []
         for part, index, x in zip(bundle.slices, bundle.members, tensors):
             passage = run.passages[index]
@@ -235,7 +236,7 @@ class Plan:
                 name=part.name,
                 x=source[part.start : part.stop],
                 out=passage.out[part.start : part.stop],
-                stream=stream_of(self._compressor.seed, self._collectives.rank, part.name),
+                stream=stream_of(self._compressor.seed, owner, part.name),
                 step=passage.step,
                 first=part.start,
                 keep_error=passage.corrected is not None,

@@ -1,123 +1,47 @@
-"""Compressors around the further codecs: their settings, and those of every compressor."""
+"""Compressors around the further codecs, for torch."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from hvd_qsgd.codecs import EliasQSGD, GlobalTopK, IntSGD, PowerSGD, RandomK, RowTopK, Scaled, Sign, ThresholdTopK
+from hvd_qsgd.family import (
+    EliasQSGDBase,
+    GlobalTopKBase,
+    IntSGDBase,
+    PowerSGDBase,
+    RandomKBase,
+    RowTopKBase,
+    SignBase,
+    ThresholdTopKBase,
+)
 from hvd_qsgd.torch.compressor import Compressor
 
 
-class SignCompressor(Compressor):
-    """One bit a value with error feedback: EF-SignSGD.
-
-    Args:
-        bucket_size: see :class:`hvd_qsgd.Sign`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(self, bucket_size: int = 512, **settings: Any) -> None:
-        super().__init__(Sign(bucket_size), **settings)
+class SignCompressor(SignBase, Compressor):
+    __doc__ = SignBase.__doc__
 
 
-class RandomKCompressor(Compressor):
-    """Random values at positions that all ranks draw alike, added up in one allreduce; with error feedback.
-
-    Args:
-        ratio, unbiased: see :class:`hvd_qsgd.RandomK`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(self, ratio: float = 0.01, unbiased: bool = False, **settings: Any) -> None:
-        super().__init__(RandomK(ratio, unbiased), **settings)
+class RandomKCompressor(RandomKBase, Compressor):
+    __doc__ = RandomKBase.__doc__
 
 
-class EliasQSGDCompressor(Compressor):
-    """QSGD with L2 norm and entropy coding, as in the paper.
-
-    Args:
-        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.EliasQSGD`.
-        scaled: shrink it for error feedback; see :class:`hvd_qsgd.Scaled`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(
-        self,
-        bits: int = 4,
-        bucket_size: int = 512,
-        norm: str = "l2",
-        rounding: str = "stochastic",
-        scaled: bool = False,
-        **settings: Any,
-    ) -> None:
-        codec = EliasQSGD(bits, bucket_size, norm, rounding)
-        super().__init__(Scaled(codec) if scaled else codec, **settings)
+class EliasQSGDCompressor(EliasQSGDBase, Compressor):
+    __doc__ = EliasQSGDBase.__doc__
 
 
-class RowTopKCompressor(Compressor):
-    """The largest values of every row of consecutive values, with error feedback.
-
-    Args:
-        ratio, row: see :class:`hvd_qsgd.RowTopK`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(self, ratio: float = 0.01, row: int = 1024, **settings: Any) -> None:
-        super().__init__(RowTopK(ratio, row), **settings)
+class RowTopKCompressor(RowTopKBase, Compressor):
+    __doc__ = RowTopKBase.__doc__
 
 
-class GlobalTopKCompressor(Compressor):
-    """The largest values of all tensors of a fusion buffer, with error feedback.
-
-    Args:
-        ratio, k, values: see :class:`hvd_qsgd.GlobalTopK`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(
-        self, ratio: float | None = 0.01, k: int | None = None, values: str = "float32", **settings: Any
-    ) -> None:
-        super().__init__(GlobalTopK(ratio, k, values), **settings)
+class GlobalTopKCompressor(GlobalTopKBase, Compressor):
+    __doc__ = GlobalTopKBase.__doc__
 
 
-class ThresholdTopKCompressor(Compressor):
-    """About the largest values, by a threshold that is used again, sampled or estimated; with error feedback.
-
-    Args:
-        ratio, values, method, every: see :class:`hvd_qsgd.ThresholdTopK`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(
-        self,
-        ratio: float = 0.01,
-        values: str = "float32",
-        method: str = "reuse",
-        every: int = 20,
-        **settings: Any,
-    ) -> None:
-        super().__init__(ThresholdTopK(ratio, None, values, method, every), **settings)
+class ThresholdTopKCompressor(ThresholdTopKBase, Compressor):
+    __doc__ = ThresholdTopKBase.__doc__
 
 
-class PowerSGDCompressor(Compressor):
-    """Thin factors of each gradient matrix, by two allreduces; with error feedback.
-
-    Args:
-        rank: see :class:`hvd_qsgd.PowerSGD`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(self, rank: int = 4, **settings: Any) -> None:
-        super().__init__(PowerSGD(rank), **settings)
+class PowerSGDCompressor(PowerSGDBase, Compressor):
+    __doc__ = PowerSGDBase.__doc__
 
 
-class IntSGDCompressor(Compressor):
-    """Integers on a grid known from past means, by one allreduce.
-
-    Args:
-        bits, fineness, beta: see :class:`hvd_qsgd.IntSGD`.
-        settings: see :class:`Compressor`.
-    """
-
-    def __init__(self, bits: int = 4, fineness: float = 1.0, beta: float = 0.9, **settings: Any) -> None:
-        super().__init__(IntSGD(bits, fineness, beta), **settings)
+class IntSGDCompressor(IntSGDBase, Compressor):
+    __doc__ = IntSGDBase.__doc__

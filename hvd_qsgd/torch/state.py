@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,20 @@ def load(compressor: Compressor, directory: str | Path, resize: str = "error") -
         resize: what to do if the number of ranks has changed: "error", "mean" or "reset" (see above).
 
     Raises:
-        ConfigError: files are missing, from other settings, or of another number of ranks.
+        ConfigError: files are missing, of several jobs, from other settings, or of another number of ranks.
+        ExchangeError: the states of EF21 do not fit together.
     """
     directory = Path(directory)
     present = sorted(directory.glob("rank-*-of-*.safetensors"))
     saved = sorted({int(path.stem.rsplit("-", 1)[1]) for path in present})
     if not saved:
         raise ConfigError(f"There are no files rank-*-of-*.safetensors in {directory}.")
-    ranks = hvd.size() if hvd.size() in saved else saved[-1]
+    if len(saved) > 1:
+        raise ConfigError(
+            f"{directory} holds the states of jobs of {' and '.join(map(str, saved))} ranks, and nothing tells which "
+            f"is meant. Remove the others' files, and give each checkpoint a directory of its own."
+        )
+    (ranks,) = saved
     paths = [_path(directory, rank, ranks) for rank in range(ranks)]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
@@ -82,7 +89,7 @@ def scatter(compressor: Compressor, gathered: State, resize: str = "error") -> N
     """Continue from what :func:`gather` returned; call it on all ranks.
 
     Raises:
-        ConfigError: see :func:`load`.
+        ConfigError, ExchangeError: see :func:`load`.
     """
     ranks = gathered["ranks"]
     states = gathered["states"]
@@ -106,13 +113,22 @@ def _continue(compressor: Compressor, states: Sequence[State], ranks: int, resiz
         compressor.load_state_dict(states[0])
     elif resize == "mean":
         compressor.load_state_dict(mean_state(compressor, states))
+        _say(f"The state of {ranks} ranks goes on with {hvd.size()}: each starts from the mean of the residuals.")
     elif resize == "reset":
         compressor.load_state_dict({**states[0], "arrays": {}, "numbers": {}})
+        _say(f"The state of {ranks} ranks goes on with {hvd.size()}: the residuals are dropped.")
     else:
         raise ConfigError(
             f"The state was saved by {ranks} ranks and there are {hvd.size()} now. Load with resize='mean', which "
             f"preserves the mean of the residuals, or resize='reset', which drops them."
         )
+    compressor.check_state()
+
+
+def _say(text: str) -> None:
+    """Once for all ranks, at a level that Python shows by itself."""
+    if hvd.rank() == 0:
+        logging.getLogger("hvd_qsgd").warning(text)
 
 
 def _path(directory: str | Path, rank: int, ranks: int) -> Path:
@@ -201,8 +217,11 @@ class CompressorStateHandler(StateHandler):
         Names.generation = 1 + max(generation for generation, _, _ in entries)
         states = [state for _, _, state in entries if state is not None]
         resized = len(states) != len(entries) or any(ranks != len(entries) for _, ranks, _ in entries)
-        if states and resized:
+        # Some ranks may have committed a step in which others were interrupted.
+        apart = any(state["steps"] != states[0]["steps"] for state in states)
+        if states and (resized or apart):
             self.value.load_state_dict(mean_state(self.value, states))
+            _say(f"{len(entries)} ranks go on from the mean of the residuals of the {len(states)} that have some.")
         self.value.replan()
         self.save()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import horovod.torch as hvd
 import pytest
 import torch
@@ -9,8 +11,8 @@ from expectations import assert_within_a_level
 from rank_checks import assert_same_on_all_ranks, backward, dyadic, make_gradients, make_optimizer, make_parameters
 
 from hvd_qsgd import QSGD
-from hvd_qsgd.errors import UnsupportedError
-from hvd_qsgd.torch import QSGDCompressor, TopKCompressor
+from hvd_qsgd.errors import ExchangeError, UnsupportedError
+from hvd_qsgd.torch import PowerSGDCompressor, QSGDCompressor, RandomKCompressor, TopKCompressor
 
 STAYING = range(hvd.size() - 1)
 
@@ -53,3 +55,18 @@ def test_gathering_with_a_joined_rank_is_refused(compressor: QSGDCompressor | To
             hvd.allreduce(dyadic((40, 50)), name=f"new in {compressor}", compression=compressor)
     hvd.join()
     hvd.allreduce(dyadic((40, 50)), name="x", compression=QSGDCompressor())
+
+
+@pytest.mark.parametrize("make", [lambda: RandomKCompressor(0.1), lambda: PowerSGDCompressor(2)], ids=["random", "low"])
+def test_what_adds_up_common_draws_goes_on_after_a_reset_only(make: Any) -> None:
+    """A rank that has joined misses steps, and would add up values of other positions."""
+    compressor, name = make(), f"{make()}"
+    steps = 3 if hvd.rank() in STAYING else 1
+    for step in range(steps):
+        mean = hvd.allreduce(dyadic((40, 50), step), name=name, compression=compressor)
+        assert_same_on_all_ranks([mean]) if step == 0 else None
+    hvd.join()
+    with pytest.raises(ExchangeError, match=r"other steps behind them, as after hvd\.join\(\)"):
+        hvd.allreduce(dyadic((40, 50), 3), name=name, compression=compressor)
+    compressor.reset()
+    assert_same_on_all_ranks([hvd.allreduce(dyadic((40, 50), 4), name=name, compression=compressor)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rank_checks import digest, gather, make_optimizer, make_parameters, train
 
 from hvd_qsgd import TopK
 from hvd_qsgd.collectives import horovod_torch
-from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.errors import ConfigError, ExchangeError
 from hvd_qsgd.feedback import EF21, LoCo
 from hvd_qsgd.policies import WarmUp
 from hvd_qsgd.torch import Compressor, QSGDCompressor, ThresholdTopKCompressor, TopKCompressor
@@ -78,7 +79,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make: Any, way: str, shared: 
 
 
 @pytest.mark.parametrize("make", MAKERS[:2], ids=lambda make: repr(make()))
-def test_another_number_of_ranks_preserves_the_mean_or_resets(make: Any) -> None:
+def test_another_number_of_ranks_preserves_the_mean_or_resets(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     """As if one more rank had saved, whose state, at the end, is the mean of the others."""
     compressor, weights = run(make, make_parameters(SHAPES), range(3))
     gathered = states.gather(compressor)
@@ -89,7 +90,8 @@ def test_another_number_of_ranks_preserves_the_mean_or_resets(make: Any) -> None
     with pytest.raises(ConfigError, match="resize='keep' is not one of"):
         states.scatter(make(), gathered, resize="keep")
     resized = make()
-    states.scatter(resized, gathered, resize="mean")
+    with caplog.at_level(logging.WARNING, "hvd_qsgd"):
+        states.scatter(resized, gathered, resize="mean")
     for path, array in resized.state_dict()["arrays"].items():
         # EF21's estimates all start from their mean, which was the same on all ranks.
         source = path.replace("own/", "mean/")
@@ -99,8 +101,11 @@ def test_another_number_of_ranks_preserves_the_mean_or_resets(make: Any) -> None
     resized.check_state()
     assert resized.state_dict()["steps"] == compressor.state_dict()["steps"]
     reset = make()
-    states.scatter(reset, gathered, resize="reset")
+    with caplog.at_level(logging.WARNING, "hvd_qsgd"):
+        states.scatter(reset, gathered, resize="reset")
     assert not reset.state_dict()["arrays"]
+    said = ["each starts from the mean of the residuals", "the residuals are dropped"] if hvd.rank() == 0 else []
+    assert len(caplog.messages) == len(said) and all(text in line for text, line in zip(said, caplog.messages))
     run(lambda: resized, weights, range(3, 5))
 
 
@@ -136,3 +141,37 @@ def test_missing_files_are_named(shared: Path) -> None:
     hvd.barrier()
     with pytest.raises(ConfigError, match=r"lacks rank-00001-of-.* save on every rank"):
         states.load(TopKCompressor(), shared)
+
+
+def test_files_of_several_jobs_are_not_mixed_up(shared: Path) -> None:
+    compressor, _ = run(TopKCompressor, make_parameters(SHAPES), range(1))
+    path = states.save(compressor, shared)
+    shutil.copy(path, shared / f"rank-{hvd.rank():05d}-of-00077.safetensors")
+    hvd.barrier()
+    with pytest.raises(ConfigError, match=rf"states of jobs of {hvd.size()} and 77 ranks.* directory of its own"):
+        states.load(TopKCompressor(), shared)
+
+
+def test_the_state_of_rank_0_on_all_ranks_is_noticed_where_it_can_be() -> None:
+    def make() -> Compressor:
+        return TopKCompressor(0.1, error_feedback=EF21())
+
+    compressor, _ = run(make, make_parameters(SHAPES), range(2))
+    gathered = states.gather(compressor)
+    states.scatter(make(), gathered)
+    with pytest.raises(ExchangeError, match=r"EF21: the estimate of .*reset\(\)"):
+        states.scatter(make(), {**gathered, "states": [gathered["states"][0]] * hvd.size()})
+
+
+def test_ranks_that_were_interrupted_in_different_steps_meet_in_the_mean() -> None:
+    """As if rank 0 alone had committed the last step before Horovod died."""
+    compressor, _ = run(TopKCompressor, make_parameters(SHAPES), range(2))
+    if hvd.rank() == 0:
+        compressor._steps = {key: step + 1 for key, step in compressor._steps.items()}
+    before = states.gather(compressor)["states"]
+    states.CompressorStateHandler(compressor).sync()
+    now = compressor.state_dict()
+    assert now["steps"] == before[0]["steps"]
+    for path, array in now["arrays"].items():
+        mean = torch.stack([state["arrays"][path] for state in before]).double().mean(0)
+        torch.testing.assert_close(array.double(), mean, rtol=0, atol=1e-6)

@@ -7,20 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from hvd_qsgd.codecs.topk_threshold import ThresholdTopK
+from hvd_qsgd.codecs.topk_threshold import Search, ThresholdTopK
 from hvd_qsgd.kernels.numba.topk import TopKKernels, gather
 
 
-def above(x: np.ndarray, threshold: float) -> np.ndarray:
-    """:func:`hvd_qsgd.codecs.topk_threshold.above`, with a guess at the number that is seldom too small."""
-    lowest = np.int32(max(int(np.float32(threshold).view(np.int32)), 1))
-    patterns = x.view(np.int32)
-    positions = np.empty(min(len(x) // 16 + 1024, len(x)), np.int64)
-    found = gather(patterns, lowest, positions)
-    if found > len(positions):
-        positions = np.empty(found, np.int64)
-        gather(patterns, lowest, positions)
-    return positions[:found]
+class NumbaSearch(Search):
+    """One pass finds what is above a threshold."""
+
+    @staticmethod
+    def above(x: np.ndarray, threshold: float) -> np.ndarray:
+        """With a guess at the number that is seldom too small."""
+        lowest = np.int32(max(int(np.float32(threshold).view(np.int32)), 1))
+        patterns = x.view(np.int32)
+        positions = np.empty(min(len(x) // 16 + 1024, len(x)), np.int64)
+        found = gather(patterns, lowest, positions)
+        if found > len(positions):
+            positions = np.empty(found, np.int64)
+            gather(patterns, lowest, positions)
+        return positions[:found]
 
 
 @dataclass(frozen=True)
@@ -37,4 +41,5 @@ class ThresholdKernels(TopKKernels):
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         if not self.all_finite(x):
             return self.codec.write_not_finite(out)
-        return self.write(x, self.codec.select(x, {} if self.memory is None else self.memory, above), out)
+        memory = {} if self.memory is None else self.memory
+        return self.write(x, self.codec.select(x, memory, NumbaSearch), out)

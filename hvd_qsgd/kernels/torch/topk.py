@@ -56,6 +56,21 @@ def unpack_positions(data: torch.Tensor, length: int, count: int, form: int, low
     return positions
 
 
+def magnitudes_of(x: torch.Tensor) -> torch.Tensor:
+    """Bit patterns without the sign, int32: their order is that of the magnitudes."""
+    return x.view(torch.int32) & 0x7FFFFFFF
+
+
+def largest_positions(magnitudes: torch.Tensor, count: int) -> torch.Tensor:
+    """:func:`hvd_qsgd.codecs.topk.largest_positions`."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=magnitudes.device)
+    threshold = magnitudes.topk(count, sorted=False).values.min()
+    above = (magnitudes > threshold).nonzero().view(-1)
+    equal = (magnitudes == threshold).nonzero().view(-1)[: count - len(above)]
+    return torch.cat([above, equal]).sort().values
+
+
 @dataclass(frozen=True)
 class TopKKernels(Kernels):
     """torch implementation of a TopK codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
@@ -63,18 +78,25 @@ class TopKKernels(Kernels):
     codec: TopK
 
     def encode_into(self, x: torch.Tensor, out: torch.Tensor, key: int = 0, first: int = 0) -> int:
-        magnitudes = x.view(torch.int32) & 0x7FFFFFFF
+        magnitudes = magnitudes_of(x)
         if len(x) and int(magnitudes.max()) >= INFINITY_BITS:
-            parts = [self._header(NOT_FINITE, 0, 0, x.device)]
-        else:
-            count = min(self.codec.kept(len(x)), int(magnitudes.count_nonzero()))
-            positions = self.largest_positions(magnitudes, count)
-            form, low_bits = smallest_form(len(x), count)
-            parts = [
-                self._header(form, low_bits, count, x.device),
-                self._pack_values(x[positions]),
-                pack_positions(positions, len(x), form, low_bits),
-            ]
+            return self.write_not_finite(out)
+        count = min(self.codec.kept(len(x)), int(magnitudes.count_nonzero()))
+        return self.write(x, self.largest_positions(magnitudes, count), out)
+
+    def write_not_finite(self, out: torch.Tensor) -> int:
+        """:meth:`hvd_qsgd.codecs.topk.TopK.write_not_finite`."""
+        out[: HEADER.size] = self._header(NOT_FINITE, 0, 0, out.device)
+        return HEADER.size
+
+    def write(self, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> int:
+        """:meth:`hvd_qsgd.codecs.topk.TopK.write`."""
+        form, low_bits = smallest_form(len(x), len(positions))
+        parts = [
+            self._header(form, low_bits, len(positions), x.device),
+            self._pack_values(x[positions]),
+            pack_positions(positions, len(x), form, low_bits),
+        ]
         packed = torch.cat(parts)
         out[: len(packed)] = packed
         return len(packed)
@@ -98,13 +120,7 @@ class TopKKernels(Kernels):
         out[positions] = kept
 
     def largest_positions(self, magnitudes: torch.Tensor, count: int) -> torch.Tensor:
-        """:func:`hvd_qsgd.codecs.topk.largest_positions`."""
-        if count == 0:
-            return torch.empty(0, dtype=torch.int64, device=magnitudes.device)
-        threshold = magnitudes.topk(count, sorted=False).values.min()
-        above = (magnitudes > threshold).nonzero().view(-1)
-        equal = (magnitudes == threshold).nonzero().view(-1)[: count - len(above)]
-        return torch.cat([above, equal]).sort().values
+        return largest_positions(magnitudes, count)
 
     def _header(self, form: int, low_bits: int, count: int, device: torch.device) -> torch.Tensor:
         return to_device(HEADER.pack(form, low_bits, count), device)
