@@ -177,9 +177,9 @@ def write_header(message: Any, value: int) -> None:
 def read_words(message: Any, count: int) -> list[int]:
     """The first ``count`` little-endian uint32 of a message of any backend's bytes."""
     head = message[: 4 * count]
-    if not isinstance(head, np.ndarray):
-        head = head.cpu().numpy()
-    return [int(word) for word in np.frombuffer(head.tobytes(), "<u4")]
+    if hasattr(head, "cpu"):
+        head = head.cpu()
+    return [int(word) for word in np.frombuffer(np.asarray(head).tobytes(), "<u4")]
 
 
 def ring_bytes(size: int, ranks: int) -> float:
