@@ -26,6 +26,7 @@ def _compiled() -> None:
     ("ranks", "launcher", "files"),
     [
         (2, "mpi", [*CORE, "test_refusals.py"]),
+        (2, "gloo", ["test_devices.py", "test_monitor.py"]),
         (4, "mpi", ["test_tape.py", "test_process_sets.py", "-k", SOME]),
     ],
 )

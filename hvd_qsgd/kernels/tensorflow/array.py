@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,22 +19,28 @@ import tensorflow as tf
 
 
 class Storage:
-    """Elements of one dtype: parts, which are flat tensors or NumPy arrays, and where they start."""
+    """Elements of one dtype: parts, which are flat tensors or NumPy arrays, and where they start.
+
+    Threads may read and write different elements at the same time.
+    """
 
     def __init__(self, part: Any) -> None:
         self._parts = [part]
         self._starts = [0]
+        self._lock = threading.Lock()
 
     def read(self, start: int, stop: int) -> tf.Tensor:
-        parts = self._between(start, stop) or [self._parts[0][:0]]
+        with self._lock:
+            parts = self._between(start, stop) or [self._parts[0][:0]]
         return tf.convert_to_tensor(parts[0]) if len(parts) == 1 else tf.concat(parts, axis=0)
 
     def write(self, start: int, stop: int, part: Any) -> None:
-        end = self._starts[-1] + len(self._parts[-1])
-        self._parts = [*self._between(0, start), part, *self._between(stop, end)]
-        self._starts = [0]
-        for before in self._parts[:-1]:
-            self._starts.append(self._starts[-1] + len(before))
+        with self._lock:
+            end = self._starts[-1] + len(self._parts[-1])
+            self._parts = [*self._between(0, start), part, *self._between(stop, end)]
+            self._starts = [0]
+            for before in self._parts[:-1]:
+                self._starts.append(self._starts[-1] + len(before))
 
     def _between(self, start: int, stop: int) -> list[Any]:
         """Parts that together are elements ``start .. stop - 1``; none is empty."""
