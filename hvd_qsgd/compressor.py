@@ -74,8 +74,6 @@ class CompressorBase:
     _default: ClassVar[CompressorBase | None] = None
     #: Whether the optimizer's momentum is applied here.
     _moves_momentum: ClassVar[bool] = False
-    #: Whether the framework's compressor tells a monitor when tensors start.
-    _monitored: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -124,8 +122,6 @@ class CompressorBase:
         self._memory: dict[str, dict[str, Any]] = {}
         self.monitor = monitor
         if monitor is not None:
-            if not self._monitored:
-                raise ConfigError(f"{name}: monitor= works with torch; with {self.framework} use stats() instead.")
             monitor.watch(self, self._place)
 
     @classmethod

@@ -26,6 +26,8 @@ def _compiled() -> None:
     ("ranks", "launcher", "files"),
     [
         (2, "mpi", [*CORE, "test_refusals.py"]),
+        (2, "gloo", ["test_devices.py", "test_monitor.py"]),
+        (4, "gloo", ["test_tape.py", "test_devices.py", "-k", "test_gradients and traced or different_devices"]),
         (4, "mpi", ["test_tape.py", "test_process_sets.py", "-k", SOME]),
     ],
 )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from checkers import check_kernels, gauss, hard_arrays
+from checkers import check_kernels, check_lanes, gauss, hard_arrays
 
 from hvd_qsgd import QSGD, Cast, Codec, Identity, PayloadError, TopK
 from hvd_qsgd.kernels import kernels_for
 
 pytest.importorskip("tensorflow", reason="TensorFlow is not installed in this environment")
+
+from hvd_qsgd.kernels.tensorflow.array import Array
 
 #: In TensorFlow's threads the processor takes smaller numbers for zero.
 SMALLEST_SCALE = 2.0**-100
@@ -33,10 +37,28 @@ CODECS: list[Codec] = [
 ]
 
 
+class Mirrored(Array):
+    """An array that writes into an array of NumPy's whatever is written into it, for the checkers to see."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        super().__init__(array.copy())
+        self._array = array
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if isinstance(found, Mirrored):
+            found._array = self._array[key]
+        return found
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._array[...] = np.asarray(self)
+
+
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("codec", [QSGD(), TopK(0.1)], ids=str)
 def test_hard_arrays(codec: Codec, name: str) -> None:
-    check_kernels(codec, kernels_for(codec, "tensorflow"), HARD[name], KEY)
+    check_kernels(codec, kernels_for(codec, "tensorflow"), HARD[name], KEY, wrap=Mirrored)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -46,6 +68,14 @@ def test_codecs_and_positions(codec: Codec) -> None:
         x = gauss(3 * 512 + 17, seed)
         x[700:710] = (0, -0.0, 1e-3, -1e-3, 1e20, -7, 1, 1, np.nan if seed else 2, 3)
         check_kernels(codec, kernels, x, key, first=512 * codec.granularity * seed)
+
+
+@pytest.mark.parametrize("codec", [QSGD(), QSGD(3, norm="l2"), QSGD(2, rounding="nearest"), QSGD(8, 64)], ids=str)
+@pytest.mark.parametrize("ranks", [1, 3, 1000])
+def test_lanes(codec: QSGD, ranks: int) -> None:
+    x = gauss(2 * 512 + 37, ranks)
+    x[600:610] = (0, -0.0, 1e-3, -1e-3, 1e20, -7, 1, 1, np.nan if ranks == 3 else 2, 3)
+    check_lanes(codec, kernels_for(codec, "tensorflow"), x, ranks, KEY, wrap=Mirrored)
 
 
 def test_the_words_of_a_late_position() -> None:
@@ -63,8 +93,9 @@ def test_one_flipped_bit_is_found() -> None:
             out[size - 1] ^= 1
             return int(size)
 
-    with pytest.raises(AssertionError):
-        check_kernels(codec, Wrong(codec), gauss(100))
+    for wrap in (lambda array: array, Mirrored):
+        with pytest.raises(AssertionError):
+            check_kernels(codec, Wrong(codec), gauss(100), wrap=wrap)
 
 
 @pytest.mark.parametrize("codec", [QSGD(), TopK(), Identity(), Cast()], ids=str)
@@ -72,3 +103,28 @@ def test_payloads_of_another_length(codec: Codec) -> None:
     payload = codec.encode(gauss(100))
     with pytest.raises(PayloadError):
         kernels_for(codec, "tensorflow").decode_into(payload[:-1], np.zeros(100, np.float32))
+
+
+def test_arrays_are_written_like_those_of_numpy() -> None:
+    generator = np.random.default_rng(0)
+    expected = np.zeros(20, np.float32)
+    array = Array.empty(20, "float32")
+    for _ in range(50):
+        low, high = sorted(int(i) for i in generator.integers(0, 21, 2))
+        values = generator.standard_normal(high - low).astype(np.float32)
+        for target in (expected, array):
+            part = target[low:high]
+            part += values
+            part[: len(part) // 2] *= 2
+            part[...] = part - 0.5
+            target[generator.bit_generator.state["state"]["state"] % 20] = 1.5
+        np.testing.assert_array_equal(np.asarray(array), expected)
+    assert len(array) == array.size == 20 and list(array[3:5]) == list(expected[3:5])
+    positions = np.array([1, 7])
+    array[positions] = array[positions] / 2
+    expected[positions] /= 2
+    np.testing.assert_array_equal(array.copy(), expected)
+    assert array.tobytes() == expected.tobytes() and array.norm() == pytest.approx(np.linalg.norm(expected))
+    with pytest.raises(ValueError, match="3 values do not fit into 2"):
+        array[:2] = np.zeros(3, np.float32)
+    assert len(Array.empty(0, "uint8").tensor) == len(array[4:4].tensor) == 0

@@ -50,15 +50,15 @@ def emit(phase: str, name: str, inputs: Sequence[tf.Tensor], process_set: Any) -
 
 
 def inputs_of(request: Request) -> list[Any]:
-    """What :func:`emit` takes, as NumPy arrays."""
+    """What :func:`emit` takes, as arrays."""
     if isinstance(request, AllToAll):
         return [request.array, np.array(request.splits, np.int32)]
     return [request.array]
 
 
 def outcome_of(phase: str, outputs: Sequence[Any]) -> Any:
-    """What an exchange is resumed with, from the NumPy arrays of what :func:`emit` gave."""
-    return (outputs[0], outputs[1].tolist()) if phase == "alltoall" else outputs[0]
+    """What an exchange is resumed with, from the arrays of what :func:`emit` gave."""
+    return (outputs[0], np.asarray(outputs[1]).tolist()) if phase == "alltoall" else outputs[0]
 
 
 @dataclass
@@ -100,5 +100,5 @@ class HorovodCollectives:
 
             function = self._functions[phase, request.name] = tf.function(collective, autograph=False)
         with tf.init_scope(), tf.device("/cpu:0"):
-            inputs = [tf.constant(array, dtype) for array, dtype in zip(inputs_of(request), INPUTS[phase])]
+            inputs = [tf.constant(np.asarray(array), dtype) for array, dtype in zip(inputs_of(request), INPUTS[phase])]
             return Finished(outcome_of(phase, [output.numpy() for output in function(*inputs)]))

@@ -181,7 +181,7 @@ class Job:
         What is on a device is only looked at by :meth:`finish`.
         """
         expected = little_endian(words)
-        if not isinstance(found, np.ndarray):
+        if is_torch(found):
             self._expected.append((found, expected, detail))
         elif found.tobytes() != expected:
             raise self.disagreement(detail)
@@ -192,7 +192,7 @@ class Job:
         Raises:
             ExchangeError: other ranks sent something else than was expected of them.
         """
-        kept = [piece for piece in self.pieces if piece.keep_error and not isinstance(piece.out, np.ndarray)]
+        kept = [piece for piece in self.pieces if piece.keep_error and is_torch(piece.out)]
         parts = [*(found for found, _, _ in self._expected), *(finite_flag(piece.out) for piece in kept)]
         if not parts:
             return
@@ -240,20 +240,25 @@ def little_endian(words: Sequence[int]) -> bytes:
     return np.array(words, "<u4").tobytes()
 
 
+def is_torch(array: Any) -> bool:
+    """Whether it is a tensor of torch, which may be on a device that the host should not wait for."""
+    return hasattr(array, "data_ptr")
+
+
 def as_bytes(array: Any) -> Any:
     """The memory of an array of any backend, uint8."""
-    return array.view(np.uint8) if isinstance(array, np.ndarray) else array.view(_torch().uint8)
+    return array.view(_torch().uint8) if is_torch(array) else np.asarray(array).view(np.uint8)
 
 
 def write_words(message: Any, words: Sequence[int]) -> None:
     """Put little-endian uint32 words at the start of a message of any backend's bytes."""
     data = little_endian(words)
-    message[: len(data)] = np.frombuffer(data, np.uint8) if isinstance(message, np.ndarray) else sent(message, data)
+    message[: len(data)] = sent(message, data) if is_torch(message) else np.frombuffer(data, np.uint8)
 
 
 def read_words(message: Any, name: str) -> Generator[Request, Any, list[int]]:
     """The little-endian uint32 words of a message of any backend's bytes."""
-    head = message if isinstance(message, np.ndarray) else (yield ToHost(name, message))
+    head = (yield ToHost(name, message)) if is_torch(message) else message
     # What came may be cut short.
     return [int(word) for word in np.frombuffer(head.tobytes()[: len(head) // 4 * 4], "<u4")]
 
@@ -277,7 +282,7 @@ def finite_flag(values: Any) -> Any:
 
 def all_finite(job: Job, arrays: Sequence[Any]) -> Generator[Request, Any, list[bool]]:
     """Which of some arrays hold neither NaN nor an infinity; one copy to the host for all of them."""
-    if not arrays or isinstance(arrays[0], np.ndarray):
+    if not arrays or not is_torch(arrays[0]):
         return [job.kernels.all_finite(array) for array in arrays]
     flags = yield ToHost(f"{job.name}.finite", end_to_end([finite_flag(array) for array in arrays]))
     return [bool(flag) for flag in flags]

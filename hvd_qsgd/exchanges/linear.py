@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, Protocol
 
-import numpy as np
-
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Request, Steps, ToHost, Work, ring_bytes
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Request, Steps, ToHost, Work, is_torch, ring_bytes
 
 
 class LinearKernels(Protocol):
@@ -64,7 +62,7 @@ def checked_sum(job: Job, sums: Any, check: int) -> Generator[Request, Any, int]
         ExchangeError: ranks with other check words did.
     """
     head = sums[:2]
-    seen = head if isinstance(head, np.ndarray) else (yield ToHost(f"{job.name}.contributors", head))
+    seen = (yield ToHost(f"{job.name}.contributors", head)) if is_torch(head) else head
     contributors, checks = (int(number) for number in seen)
     if checks != contributors * check:
         raise job.other_sums()

@@ -46,7 +46,7 @@ class Store:
         if self._codec is None:
             return kept
         length = self._lengths[name]
-        out = np.empty(length, np.float32) if isinstance(kept, np.ndarray) else _floats(kept, length)
+        out = _empty(kept, length, "float32")
         self._kernels(kept).decode_into(kept, out)
         return out
 
@@ -73,7 +73,7 @@ class Store:
             self._kept[name] = array
             return before
         if before is None or len(before) != self._codec.payload_size(len(array)):
-            before = _bytes(array, self._codec.payload_size(len(array)))
+            before = _empty(array, self._codec.payload_size(len(array)), "uint8")
         self._kernels(array).encode_into(array, before)
         self._kept[name] = before
         return None
@@ -83,15 +83,12 @@ class Store:
         return kernels_of(self._codec, array)
 
 
-def _bytes(like: Any, size: int) -> Any:
-    return np.empty(size, np.uint8) if isinstance(like, np.ndarray) else like.new_empty(size, dtype=_torch().uint8)
-
-
-def _floats(like: Any, length: int) -> Any:
-    return like.new_empty(length, dtype=_torch().float32)
-
-
-def _torch() -> Any:
+def _empty(like: Any, length: int, dtype: str) -> Any:
+    """An array of the kind and on the device of another one."""
+    if isinstance(like, np.ndarray):
+        return np.empty(length, dtype)
+    if hasattr(like, "backend"):
+        return like.empty(length, dtype)
     import torch
 
-    return torch
+    return like.new_empty(length, dtype=getattr(torch, dtype))

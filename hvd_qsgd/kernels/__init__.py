@@ -67,7 +67,7 @@ STAND_INS = {"numba": "numpy", "triton": "torch"}
 @functools.cache
 def kernels_for(codec: Codec, backend: str) -> Kernels:
     """The kernels of a codec on a backend: "numpy", "numba" (CPU), "torch" (any torch device), "triton" (CUDA)
-    or "tensorflow" (compiled by XLA, over NumPy arrays).
+    or "tensorflow" (compiled by XLA, for any device of TensorFlow).
 
     Raises:
         ConfigError: no such backend, or it has no kernels for this codec.
@@ -88,8 +88,10 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
 
 
 def kernels_of(codec: Codec, array: Any) -> Kernels:
-    """The kernels for arrays like this one: a NumPy array or a torch tensor."""
-    return kernels_for(codec, "numba" if isinstance(array, np.ndarray) else torch_backend(array.device))
+    """The kernels for arrays like this one: a NumPy array, a torch tensor or one that names its backend."""
+    if isinstance(array, np.ndarray):
+        return kernels_for(codec, "numba")
+    return kernels_for(codec, getattr(array, "backend", None) or torch_backend(array.device))
 
 
 def torch_backend(device: Any) -> str:

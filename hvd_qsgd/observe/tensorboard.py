@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ class TensorBoard:
 
     Args:
         where: a directory, or the ``SummaryWriter`` that the training has already, of
-            ``torch.utils.tensorboard`` or ``tensorboardX``; that one is not closed here.
+            ``torch.utils.tensorboard``, ``tensorboardX`` or ``tf.summary``; that one is not closed here.
         tensors: also write ratio, relative error and residual norm of each tensor.
 
     Raises:
@@ -23,7 +24,8 @@ class TensorBoard:
 
     def __init__(self, where: str | Path | Any, tensors: bool = True) -> None:
         self._own = isinstance(where, (str, Path))
-        self._writer: Any = _writer(where) if isinstance(where, (str, Path)) else where
+        writer: Any = _writer(where) if isinstance(where, (str, Path)) else where
+        self._writer: Any = writer if hasattr(writer, "add_scalar") else TensorFlowWriter(writer)
         self._tensors = tensors
 
     def write(self, record: Record) -> None:
@@ -57,12 +59,32 @@ def scalars_of(record: Record, tensors: bool) -> dict[str, float]:
     return {name: value for name, value in scalars.items() if value is not None}
 
 
+class TensorFlowWriter:
+    """A ``tf.summary.SummaryWriter`` with the methods of those of torch."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.flush, self.close = writer.flush, writer.close
+
+    def add_scalar(self, tag: str, value: float, step: int, time: float) -> None:
+        import tensorflow as tf
+
+        summary = tf.compat.v1.Summary(value=[tf.compat.v1.Summary.Value(tag=tag, simple_value=value)])
+        with tf.init_scope(), self._writer.as_default():
+            tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step)
+
+
 def _writer(directory: str | Path) -> Any:
+    """A writer of the framework that the program uses."""
     try:
+        import tensorboard  # type: ignore[import-untyped]  # noqa: F401
+
+        if "tensorflow" in sys.modules and "torch" not in sys.modules:
+            return sys.modules["tensorflow"].summary.create_file_writer(str(directory))
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"TensorBoard({str(directory)!r}) needs torch and the package tensorboard ({error.name} is missing): "
-            f"pip install tensorboard. Or give it a SummaryWriter of tensorboardX."
+            f"TensorBoard({str(directory)!r}) needs torch or TensorFlow, and the package tensorboard ({error.name} is "
+            f"missing): pip install tensorboard. Or give it a SummaryWriter of tensorboardX."
         ) from None
     return SummaryWriter(str(directory))

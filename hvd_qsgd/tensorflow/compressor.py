@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
 from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.codecs import Codec
+from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
@@ -32,8 +36,9 @@ from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.policies import Tensor
+from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
 from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site
-from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan, aligned_empty
+from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan
 
 
 @dataclass
@@ -83,7 +88,12 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     Use it as ``compression=`` of ``hvd.DistributedGradientTape``, ``hvd.DistributedOptimizer``,
     ``hvd.allreduce`` or ``hvd.grouped_allreduce``; both the class (all defaults) and an instance
-    work. The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`.
+    work. The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`, and one more.
+
+    Args:
+        kernels: what encodes: "numba" on the CPU, to which tensors of a GPU are copied, or "tensorflow" on the tensors'
+            own device, in operations that XLA compiles; "auto" takes "tensorflow" for tensors that are on a GPU. The
+            bytes are the same.
 
     ``tf.train.Checkpoint(compression=compressor)`` saves and restores residuals and random steps. Every rank has its
     own, so every rank must write a checkpoint, under a name of its own.
@@ -91,19 +101,25 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     framework = "tensorflow"
 
-    def __init__(self, codec: Codec, **settings: Any) -> None:
+    def __init__(self, codec: Codec, *, kernels: str = "auto", **settings: Any) -> None:
+        # Before the monitor is told of this compressor.
+        check_choice(type(self).__name__, "kernels", kernels, ("auto", "numba", "tensorflow"))
         super().__init__(codec, **settings)
         if not isinstance(codec, Codec) or not all(EXCHANGES[name].phases for name in codec.exchanges):
             raise ConfigError(
                 f"{codec} is for torch only. With TensorFlow, use one codec for all tensors, other than PowerSGD and "
                 f"IntSGD."
             )
+        if kernels == "tensorflow":
+            kernels_for(codec, kernels)
         self.codec = codec
+        self.kernels = kernels
         self._names = VariableNames()
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0
         self._call: Call | None = None
         self._advisor = Advisor()
+        self._lock = threading.Lock()
 
     # -- Horovod's interface ----------------------------------------------------------------
 
@@ -164,7 +180,21 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             state["arrays"] = {name.removeprefix("arrays/"): arrays[name] for name in names}
         self.load_state_dict(state)
 
+    @staticmethod
+    def _saved(array: Any) -> np.ndarray:
+        return np.array(array)
+
     # -- parts of compress ---------------------------------------------------------------------
+
+    def _place(self) -> tuple[int, int]:
+        return int(hvd.rank()), int(hvd.size())
+
+    def _measured(self, keys: Sequence[str]) -> bool:
+        """Tell the monitor that these tensors begin a step; True if it wants to know what is lost of them."""
+        if self.monitor is None:
+            return False
+        with self._lock:
+            return any([self.monitor.starts(key) for key in keys])
 
     def _forget(self) -> None:
         super()._forget()
@@ -198,11 +228,33 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     def _plan(self, site: CallSite) -> Plan:
         entries = [self._entry(site, i) for i in range(len(site.tensors))]
         process_set = site.process_set
-        key = (process_set.process_set_id, process_set.size(), tuple(entries))
+        device = self._device(site, entries)
+        key = (process_set.process_set_id, process_set.size(), device, tuple(entries))
         if key not in self._plans:
             with tf.init_scope():
-                self._plans[key] = self._make_plan(site, entries)
+                self._plans[key] = self._make_plan(site, entries, HOST if device is None else Device(device))
         return self._plans[key]
+
+    def _device(self, site: CallSite, entries: Sequence[Entry]) -> str | None:
+        """Where operations of TensorFlow encode ("" if it has not decided yet); None: Numba does, on the CPU."""
+        if self.kernels == "numba":
+            return None
+        variables = site.variables or [None] * len(entries)
+        found = [
+            device_of(tensor, variable)
+            for tensor, variable, entry in zip(site.tensors, variables, entries)
+            if not entry.bypass
+        ]
+        if self.kernels == "tensorflow":
+            return found[0] if found else None
+        device = next((device for device in found if is_accelerator(device)), None)
+        if device is not None:
+            try:
+                kernels_for(self.codec, "tensorflow")
+            except ConfigError as error:
+                warnings.warn(f"Gradients are copied from {device or 'the GPU'} to the CPU: {error}", stacklevel=2)
+                return None
+        return device
 
     def _entry(self, site: CallSite, index: int) -> Entry:
         tensor, name = site.tensors[index], site.names[index]
@@ -227,7 +279,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             key = name if site.variables is None else self._names.key(name, site.variables[index])
         return Entry(key, dims, tensor.dtype.size, reason)
 
-    def _make_plan(self, site: CallSite, entries: Sequence[Entry]) -> Plan:
+    def _make_plan(self, site: CallSite, entries: Sequence[Entry], backend: Backend) -> Plan:
         check_not_compiled()
         compressed = [entry for entry in entries if not entry.bypass]
         exchange = choose_exchange(self.exchange, self.codec, site.process_set.size())
@@ -239,13 +291,13 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         if compressed or site.variables is not None:
             self._agree(f"settings.{name}", compressed, site.process_set)
         if compressed and self.exchange == AUTO:
-            decision = self._decide(site.process_set, compressed)
+            decision = self._decide(site.process_set, compressed, backend)
             self._stats.decisions[name] = str(decision)
             exchange = decision.exchange
             if exchange == UNCOMPRESSED:
                 reason = f'exchange="auto": {decision}'
                 entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
-        return Plan(self, entries, site.process_set, exchange)
+        return Plan(self, entries, site.process_set, exchange, backend)
 
     def _agree(self, name: str, compressed: Sequence[Entry], process_set: Any) -> None:
         """Compare settings: all ranks trace the same, so they meet here before any result."""
@@ -253,13 +305,13 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         request = AllGather(f"set{process_set.process_set_id}.{name}", settings_message(settings))
         check_settings(settings, HorovodCollectives(process_set).start(request).result())
 
-    def _decide(self, process_set: Any, compressed: Sequence[Entry]) -> Decision:
+    def _decide(self, process_set: Any, compressed: Sequence[Entry], backend: Backend) -> Decision:
         """Choose an exchange, with nothing else on the network while the graph is traced."""
         elements = sum(entry.elements for entry in compressed)
         return self._advisor.decide(
-            kernels_for(self.codec, "numba"),
+            backend.kernels(self.codec),
             HorovodCollectives(process_set),
-            aligned_empty,
+            backend.empty,
             f"set{process_set.process_set_id}",
             elements,
             -(-elements // self.fusion_elements),

@@ -1,7 +1,7 @@
 """Plans: tensors that are exchanged together, as operations of a graph.
 
-An exchange is a generator. In a graph it runs in segments: a ``tf.numpy_function`` up to its first
-collective, Horovod's own asynchronous operation, a ``tf.numpy_function`` that resumes it, and so on;
+An exchange is a generator. In a graph it runs in segments: a call of Python up to its first
+collective, Horovod's own asynchronous operation, a call that resumes it, and so on;
 which collectives come is known beforehand (``Exchange.phases``). No thread of TensorFlow waits
 for the network, and whatever does not depend on each other overlaps. Eager calls run the same graph.
 """
@@ -12,6 +12,8 @@ import itertools
 import math
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,26 +28,17 @@ from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, start_exchange
 from hvd_qsgd.exchanges.base import Steps
 from hvd_qsgd.fusion import Slice, plan_bundles
-from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Tensor
 from hvd_qsgd.random_words import stream_of
+from hvd_qsgd.tensorflow.backends import HOST, Backend
 from hvd_qsgd.tensorflow.floats import with_subnormals
 
 if TYPE_CHECKING:
     from hvd_qsgd.tensorflow.compressor import Compressor
 
-#: TensorFlow takes over arrays that stand at multiples of it, and copies others.
-ALIGNMENT = 64
 #: Runs of a plan under way at a time. More are leftovers of runs that an error has ended.
 MOST_RUNS = 16
-
-
-def aligned_empty(length: int, dtype: str) -> np.ndarray:
-    """An uninitialized array that TensorFlow uses without a copy."""
-    size = length * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype)
 
 
 @dataclass(frozen=True)
@@ -67,14 +60,31 @@ class Entry:
 
 
 @dataclass
+class Flight:
+    """One exchange under way: what it is, and the seconds that were spent on it so far."""
+
+    job: Job
+    steps: Steps
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass
 class Passage:
     """One tensor in one run."""
 
+    #: Slices whose exchange has not ended.
+    missing: int
+    #: Whether to measure what is lost.
+    measured: bool
+    #: What is encoded, and what becomes the mean.
+    source: Any = None
     out: Any = None
     #: With error feedback: gradient plus residual, which the exchange turns into the new residual.
     corrected: Any = None
+    probe: Probe | None = None
     step: int = 0
-    pieces: list[tuple[Piece, Job]] = field(default_factory=list)
+    pieces: list[tuple[Piece, Flight]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -83,24 +93,25 @@ class Run:
     """One execution of a plan's operations."""
 
     passages: dict[int, Passage]
-    flights: dict[int, tuple[Job, Steps]] = field(default_factory=dict)
+    flights: dict[int, Flight] = field(default_factory=dict)
 
 
 class Bundle:
     """Slices that travel together, and the buffers for it."""
 
-    def __init__(self, slices: list[Slice], members: list[int], name: str) -> None:
+    def __init__(self, slices: list[Slice], members: list[int], name: str, backend: Backend) -> None:
         self.slices = slices
         #: Which entries of the plan the slices belong to.
         self.members = members
         self.name = name
-        self._buffers = Buffers(aligned_empty)
+        self._backend = backend
+        self._buffers = Buffers(backend.empty)
         self._busy = False
 
     def take_buffers(self) -> Buffers:
         """The bundle's buffers, or new ones if an abandoned run still holds them."""
         if self._busy:
-            self._buffers = Buffers(aligned_empty)
+            self._buffers = Buffers(self._backend.empty)
         self._busy = True
         self._buffers.rewind()
         return self._buffers
@@ -117,6 +128,18 @@ class Departure:
     ended: Sequence[tf.Tensor]
 
 
+def independent(output: tf.Tensor) -> tf.Tensor:
+    """Let the operation that ``output`` comes from wait for its inputs only.
+
+    TensorFlow else runs operations with side effects in the order in which they are written down, so an exchange would
+    not begin before the one above it has ended.
+    """
+    graph = output.graph
+    if graph.experimental_acd_manager is not None:
+        graph.experimental_acd_manager.run_independently(output.op)
+    return output
+
+
 class Plan:
     """The exchange of some tensors, whenever its operations run.
 
@@ -125,22 +148,29 @@ class Plan:
         entries: the tensors, in the order that :meth:`depart` gets them.
         process_set: whose ranks take part.
         exchange: a name in EXCHANGES.
+        backend: what encodes, and where.
     """
 
-    def __init__(self, compressor: Compressor, entries: Sequence[Entry], process_set: Any, exchange: str) -> None:
+    def __init__(
+        self, compressor: Compressor, entries: Sequence[Entry], process_set: Any, exchange: str, backend: Backend
+    ) -> None:
         self.entries = entries
         self.compressed = [i for i, entry in enumerate(entries) if not entry.bypass]
         self.exchange = exchange
         self.process_set = process_set
         self._compressor = compressor
-        self._kernels = kernels_for(compressor.codec, "numba")
+        self._backend = backend
+        self._kernels = backend.kernels(compressor.codec)
+        self._codec_name = repr(compressor.codec)
         self._collectives = HorovodCollectives(process_set)
         self._ranks = self._collectives.ranks
         self._bundles = self._make_bundles()
+        #: How many slices each compressed tensor is cut into.
+        self._slices = Counter(index for bundle in self._bundles for index in bundle.members)
         self._tokens = itertools.count()
         self._runs: dict[int, Run] = {}
         #: Memory of the means of the last run, for the next one.
-        self._outs: dict[int, np.ndarray] = {}
+        self._outs: dict[int, Any] = {}
 
     def _make_bundles(self) -> list[Bundle]:
         index_of = {self.entries[i].key: i for i in self.compressed}
@@ -151,7 +181,7 @@ class Plan:
         for slices in plan_bundles(lengths, compressor.codec.granularity, compressor.fusion_elements):
             first = slices[0]
             name = f"set{self.process_set.process_set_id}.{first.name}.{first.start}.{len(slices)}"
-            bundles.append(Bundle(slices, [index_of[part.name] for part in slices], name))
+            bundles.append(Bundle(slices, [index_of[part.name] for part in slices], name, self._backend))
         return bundles
 
     # -- building the graph -----------------------------------------------------------------
@@ -173,20 +203,23 @@ class Plan:
         return function
 
     def _emit(self, tensors: dict[int, tf.Tensor]) -> Departure:
-        with tf.device("/cpu:0"):
-            token = tf.numpy_function(self._begin, [], tf.int64)
+        with HOST.place():
+            token = independent(HOST.call(self._begin, [], tf.int64))
             token.set_shape(())
+        with self._backend.place():
             flat = {i: tf.reshape(tf.cast(tensor, tf.float32), [-1]) for i, tensor in tensors.items()}
             ended = []
             for number, bundle in enumerate(self._bundles):
                 phases = EXCHANGES[self.exchange].phases
                 inputs = [flat[i] for i in bundle.members]
-                arrays = tf.numpy_function(partial(self._start, number), [token, *inputs], INPUTS[phases[0]])
+                arrays = self._backend.call(partial(self._start, number), [token, *inputs], INPUTS[phases[0]])
+                independent(arrays[0])
                 for phase, types in zip(phases, [*(INPUTS[phase] for phase in phases[1:]), [tf.int64]]):
                     for array in arrays:
                         array.set_shape([None])
                     outputs = emit(phase, f"{bundle.name}.{phase}", arrays, self.process_set)
-                    arrays = tf.numpy_function(partial(self._resume, number, phase), [token, *outputs], types)
+                    arrays = self._backend.call(partial(self._resume, number, phase), [token, *outputs], types)
+                    independent(arrays[0])
                 ended.append(arrays[0])
         return Departure(token, ended)
 
@@ -195,9 +228,10 @@ class Plan:
         if tf.executing_eagerly():
             return tf.convert_to_tensor(self._land(index, departure.token.numpy(), carrier.numpy()))
         awaited = [end for end, bundle in zip(departure.ended, self._bundles) if index in bundle.members]
-        with tf.device("/cpu:0"):
+        with self._backend.place():
             inputs = [departure.token, carrier, *awaited]
-            mean = tf.numpy_function(partial(self._land, index), inputs, tf.float32)
+            # Without effects besides, lest the tf.cond that Horovod puts around it waits for that of another gradient.
+            mean = self._backend.call(partial(self._land, index), inputs, tf.float32, stateful=False)
             mean.set_shape([self.entries[index].elements])
             return mean
 
@@ -209,6 +243,7 @@ class Plan:
                 f"There are {self._collectives.ranks} ranks, and this graph was traced for {self._ranks}. "
                 f"Make the tf.function anew after the number of ranks has changed."
             )
+        measured = self._compressor._measured([entry.key for entry in self.entries])
         for entry in self.entries:
             if entry.bypass:
                 self._compressor._record_bypassed(
@@ -218,11 +253,12 @@ class Plan:
             del self._runs[next(iter(self._runs))]
         token = next(self._tokens)
         if self.compressed:
-            self._runs[token] = Run({i: Passage() for i in self.compressed})
+            self._runs[token] = Run({i: Passage(self._slices[i], measured) for i in self.compressed})
         return np.int64(token)
 
     @with_subnormals
-    def _start(self, number: int, token: np.int64, *tensors: np.ndarray) -> list[Any]:
+    def _start(self, number: int, token: Any, *tensors: Any) -> list[Any]:
+        begin = time.perf_counter()
         run, bundle = self._runs[int(token)], self._bundles[number]
         owner = 0 if self._compressor.codec.shared_randomness else self._collectives.rank
         pieces = []
@@ -230,16 +266,15 @@ class Plan:
             passage = run.passages[index]
             with passage.lock:
                 if passage.out is None:
-                    self._prepare(index, passage, x)
-            source = x if passage.corrected is None else passage.corrected
+                    self._prepare(index, passage, self._backend.array(x))
             piece = Piece(
                 name=part.name,
-                x=source[part.start : part.stop],
+                x=passage.source[part.start : part.stop],
                 out=passage.out[part.start : part.stop],
                 stream=stream_of(self._compressor.seed, owner, part.name),
                 step=passage.step,
                 first=part.start,
-                keep_error=passage.corrected is not None,
+                keep_error=passage.corrected is not None or passage.measured,
                 shape=self.entries[index].shape,
                 memory=self._compressor._memory.setdefault(part.name, {}),
             )
@@ -252,48 +287,73 @@ class Plan:
             ranks=self._ranks,
             empty=bundle.take_buffers(),
         )
+        flight = run.flights[number] = Flight(job, start_exchange(self.exchange, job))
         for passage, piece in pieces:
-            passage.pieces.append((piece, job))
-        steps = start_exchange(self.exchange, job)
-        run.flights[number] = (job, steps)
-        return inputs_of(next(steps))
+            passage.pieces.append((piece, flight))
+        request = next(flight.steps)
+        flight.encode_seconds += time.perf_counter() - begin
+        return [self._backend.value(array) for array in inputs_of(request)]
 
-    def _prepare(self, index: int, passage: Passage, x: np.ndarray) -> None:
+    def _prepare(self, index: int, passage: Passage, x: Any) -> None:
         entry = self.entries[index]
         passage.step = self._compressor._next_step(entry.key)
+        passage.source = x
         if self._compressor._feeds(entry.described):
-            passage.corrected = self._compressor.feedback.correct(entry.key, x, self._ranks)
+            passage.source = passage.corrected = self._compressor.feedback.correct(entry.key, x, self._ranks)
+        if passage.measured:
+            passage.probe = Probe(passage.source, own=passage.corrected is not None)
+            passage.source = passage.probe.x
         out = self._outs.pop(index, None)
         # Nobody has it any more if only this name and the argument of getrefcount refer to it.
         if out is None or sys.getrefcount(out) > 2:
-            out = aligned_empty(entry.elements, "float32")
+            out = self._backend.empty(entry.elements, "float32")
         passage.out = out
 
     @with_subnormals
-    def _resume(self, number: int, phase: str, token: np.int64, *outputs: np.ndarray) -> list[Any]:
-        _, steps = self._runs[int(token)].flights[number]
+    def _resume(self, number: int, phase: str, token: Any, *outputs: Any) -> list[Any]:
+        begin = time.perf_counter()
+        run, bundle = self._runs[int(token)], self._bundles[number]
+        flight = run.flights[number]
+        array, *sizes = outputs
         try:
-            return inputs_of(steps.send(outcome_of(phase, outputs)))
+            request = flight.steps.send(outcome_of(phase, [self._backend.array(array), *sizes]))
         except StopIteration:
-            self._bundles[number].release_buffers()
+            flight.decode_seconds += time.perf_counter() - begin
+            bundle.release_buffers()
+            for index in bundle.members:
+                passage = run.passages[index]
+                with passage.lock:
+                    passage.missing -= 1
+                    if not passage.missing:
+                        self._settle(index, passage)
             return [token]
+        flight.decode_seconds += time.perf_counter() - begin
+        return [self._backend.value(array) for array in inputs_of(request)]
+
+    def _settle(self, index: int, passage: Passage) -> None:
+        """All slices of a tensor are exchanged: count what was sent, keep what was lost."""
+        entry = self.entries[index]
+        record = self._compressor._record(entry.key, entry.elements, entry.element_size, self._ranks)
+        for piece, flight in passage.pieces:
+            job = flight.job
+            record.exchange, record.codec, record.bypassed = self.exchange, self._codec_name, ""
+            record.payload_bytes += piece.payload_bytes
+            record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
+            share = len(piece.x) / sum(len(other.x) for other in job.pieces)
+            record.encode_seconds += share * flight.encode_seconds
+            record.decode_seconds += share * flight.decode_seconds
+        if passage.probe is not None:
+            passage.probe.read(record)
+        self._compressor._settle(entry.key, entry.described, passage.corrected, passage.out, self._kernels)
 
     @with_subnormals
-    def _land(self, index: int, token: np.int64, carrier: np.ndarray, *_: Any) -> np.ndarray:
+    def _land(self, index: int, token: Any, carrier: Any, *_: Any) -> Any:
         run = self._runs[int(token)]
-        passage = run.passages.pop(index)
+        out = run.passages.pop(index).out
         if not run.passages:
             # Tensors land in several threads, and two of them may find that they were the last.
             self._runs.pop(int(token), None)
-        entry = self.entries[index]
-        record = self._compressor._record(entry.key, entry.elements, entry.element_size, self._ranks)
-        for piece, job in passage.pieces:
-            record.exchange, record.bypassed = self.exchange, ""
-            record.payload_bytes += piece.payload_bytes
-            record.wire_bytes += job.wire_bytes * piece.payload_bytes / job.payload_bytes
-        out: np.ndarray = passage.out
-        self._compressor._settle(entry.key, entry.described, passage.corrected, out, self._kernels)
         if float(carrier) != 1.0:
             out *= np.float32(carrier)
         self._outs[index] = out
-        return out
+        return self._backend.value(out)

@@ -106,7 +106,6 @@ class Compressor(CompressorBase):
     """
 
     framework = "torch"
-    _monitored = True
 
     def __init__(self, codec: Codec | Policy, *, progress_thread: bool = False, **settings: Any) -> None:
         super().__init__(codec, **settings)

@@ -9,7 +9,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
-from expectations import assert_equal, reference_allgather
+from expectations import REFERENCES, assert_equal, reference_allgather
 
 from hvd_qsgd import Codec
 
@@ -97,3 +97,17 @@ def assert_means(
             expected = reference(codec, inputs, name, step)
         assert_equal(result, (expected * np.float32(factor)).astype(np.asarray(result).dtype))
     assert_same_on_all_ranks(results, process_set)
+
+
+def check_allreduces(
+    compressor: Any, exchange: str, x: Any, name: str, steps: range, mode: Callable[..., Any], seed: int = 0
+) -> None:
+    """Allreduces of ``x``: results as specified, of the same dtype, and the same everywhere."""
+    x = tf.constant(x)
+    reduce = mode(lambda x: hvd.allreduce(x, name=name, compression=compressor))
+    for step in steps:
+        result = reduce(x)
+        assert result.dtype == x.dtype
+        expected = REFERENCES[exchange](compressor.codec, gather(x), name, step, seed)
+        assert_equal(result, tf.cast(expected, x.dtype))
+        assert_same_on_all_ranks([result])

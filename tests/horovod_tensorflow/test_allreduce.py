@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from expectations import REFERENCES, SHAPE, assert_equal, assert_within_a_level, reference_allgather
-from rank_checks import MODES, assert_same_on_all_ranks, by_ranks, dyadic, gather, normal
+from rank_checks import MODES, assert_same_on_all_ranks, by_ranks, check_allreduces, dyadic, gather, normal
 
 from hvd_qsgd import QSGD, Cast, Identity, TopK
 from hvd_qsgd.tensorflow import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
@@ -24,26 +24,12 @@ FACTORS = [
 ]
 
 
-def check(
-    compressor: Compressor, exchange: str, x: Any, name: str, steps: range, mode: Callable[..., Any], seed: int = 0
-) -> None:
-    """Allreduces of ``x``: results as specified, of the same dtype, and the same everywhere."""
-    x = tf.constant(x)
-    reduce = mode(lambda x: hvd.allreduce(x, name=name, compression=compressor))
-    for step in steps:
-        result = reduce(x)
-        assert result.dtype == x.dtype
-        expected = REFERENCES[exchange](compressor.codec, gather(x), name, step, seed)
-        assert_equal(result, tf.cast(expected, x.dtype))
-        assert_same_on_all_ranks([result])
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("exchange", REFERENCES)
 @pytest.mark.parametrize(("bits", "norm"), [(2, "max"), (4, "l2"), (7, "max"), (8, "max")])
 def test_quantization(bits: int, norm: str, exchange: str, mode: Callable[..., Any]) -> None:
     compressor = QSGDCompressor(bits, norm=norm, exchange=exchange, error_feedback=False)
-    check(compressor, exchange, normal(SHAPE, bits), "x", range(2), mode)
+    check_allreduces(compressor, exchange, normal(SHAPE, bits), "x", range(2), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -63,15 +49,15 @@ def test_quantization(bits: int, norm: str, exchange: str, mode: Callable[..., A
 )
 def test_codecs_and_settings(make: Callable[[], Compressor], exchange: str, mode: Callable[..., Any]) -> None:
     compressor = make()
-    check(compressor, exchange, normal(SHAPE), "x", range(2), mode)
+    check_allreduces(compressor, exchange, normal(SHAPE), "x", range(2), mode)
     assert compressor.stats().tensors["x"].exchange == exchange
     assert compressor.stats().tensors["x"].exchanges == 2
 
 
 def test_eager_and_traced_calls_go_on_with_the_same_words() -> None:
     compressor = QSGDCompressor(exchange="allgather")
-    check(compressor, "allgather", normal(SHAPE), "x", range(2), MODES[0])
-    check(compressor, "allgather", normal(SHAPE), "x", range(2, 4), MODES[1])
+    check_allreduces(compressor, "allgather", normal(SHAPE), "x", range(2), MODES[0])
+    check_allreduces(compressor, "allgather", normal(SHAPE), "x", range(2, 4), MODES[1])
     # Another shape traces the function anew.
     reduce = tf.function(lambda x: hvd.allreduce(x, name="x", compression=compressor))
     for shape, step in (((40, 50), 4), (SHAPE, 5), ((40, 50), 6)):
@@ -177,7 +163,7 @@ def test_a_shape_that_is_not_known_when_traced() -> None:
 def test_thresholds_can_be_moved() -> None:
     compressor = QSGDCompressor(min_elements=1, min_dims=0, exchange="allgather")
     for step, x in enumerate([normal((700,)), normal((3,)), np.float32(1.5 + hvd.rank())]):
-        check(compressor, "allgather", x, "x", range(step, step + 1), MODES[step % 2])
+        check_allreduces(compressor, "allgather", x, "x", range(step, step + 1), MODES[step % 2])
     assert not compressor.stats().bypassed
 
 
@@ -185,7 +171,9 @@ def test_thresholds_can_be_moved() -> None:
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float64])
 def test_dtypes(dtype: tf.DType, mode: Callable[..., Any]) -> None:
     for exchange in REFERENCES:
-        check(QSGDCompressor(exchange=exchange), exchange, tf.cast(normal(SHAPE), dtype), "x", range(1), mode)
+        check_allreduces(
+            QSGDCompressor(exchange=exchange), exchange, tf.cast(normal(SHAPE), dtype), "x", range(1), mode
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -208,7 +196,7 @@ def test_subnormal_numbers(exchange: str, mode: Callable[..., Any]) -> None:
     """TensorFlow takes them for zero in its threads."""
     x = normal(SHAPE) * np.float32(1e-40)
     assert np.any(reference_allgather(QSGD(), gather(x), "x", 0))
-    check(QSGDCompressor(exchange=exchange), exchange, x, "x", range(1), mode)
+    check_allreduces(QSGDCompressor(exchange=exchange), exchange, x, "x", range(1), mode)
 
 
 def test_sparse_selection_that_is_not_finite_spoils_its_tensor() -> None:

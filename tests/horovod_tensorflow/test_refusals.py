@@ -12,8 +12,7 @@ import tensorflow as tf
 from rank_checks import MODES, dyadic, gradients_of, normal
 
 from hvd_qsgd import QSGD
-from hvd_qsgd.errors import ConfigError, ExchangeError, SetupError, UnsupportedError
-from hvd_qsgd.observe import LogLines, Monitor
+from hvd_qsgd.errors import ExchangeError, SetupError, UnsupportedError
 from hvd_qsgd.tensorflow import CastCompressor, Compressor, QSGDCompressor, TopKCompressor
 from hvd_qsgd.tensorflow.versions import check_versions
 
@@ -30,11 +29,6 @@ def test_operations_that_are_not_linear(op: Any, mode: Callable[..., Any]) -> No
         mode(lambda x: hvd.grouped_allreduce([x], name="x", op=op, compression=QSGDCompressor))(x)
     with pytest.raises(UnsupportedError, match="cannot be combined"):
         mode(gradients_of([tf.Variable(x, name="w")], QSGDCompressor, op=op))(x)
-
-
-def test_monitors() -> None:
-    with pytest.raises(ConfigError, match=r"works with torch; with tensorflow use stats\(\)"):
-        QSGDCompressor(monitor=Monitor(LogLines()))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -59,6 +59,33 @@ def test_many_gradients_travel_together(mode: Callable[..., Any], monkeypatch: p
     assert started == [0, 0]
 
 
+def test_no_exchange_waits_for_another_one() -> None:
+    """TensorFlow keeps operations with side effects in the order of the program, unless they are called independent."""
+    compressor = QSGDCompressor(exchange="allgather", fusion_elements=1000)
+    raw = list(map(tf.constant, make_gradients(0)))
+    graph = tf.function(gradients_of(make_variables(), compressor)).get_concrete_function(*raw).graph
+
+    def above(operation: Any) -> set[Any]:
+        """All that has to end before an operation begins."""
+        seen: set[Any] = set()
+        waiting = [operation]
+        while waiting:
+            parents = {x.op for x in waiting[-1].inputs} | set(waiting.pop().control_inputs)
+            waiting += parents - seen
+            seen |= parents
+        return seen
+
+    steps = [operation for operation in graph.get_operations() if operation.type == "PyFunc"]
+    before = sorted(len(above(step) & set(steps)) for step in steps)
+    exchanges = len(steps) // 2
+    assert exchanges >= 8
+    # The first operation of a run; what begins the exchanges has it above; what ends them that and the beginning.
+    assert before == [0, *[1] * exchanges, *[2] * exchanges]
+    conditions = [operation for operation in graph.get_operations() if operation.type in ("If", "StatelessIf")]
+    assert len(conditions) == len(SHAPES)
+    assert not any(above(condition) & set(conditions) for condition in conditions)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("compressor", [IdentityCompressor, CastCompressor, TopKCompressor])
 def test_other_codecs(compressor: Any, mode: Callable[..., Any]) -> None:
@@ -203,6 +230,27 @@ def test_a_loop_inside_the_graph() -> None:
     assert compressor.state_dict()["steps"] == {"w": 4}
     assert_same_on_all_ranks([variable])
     assert np.count_nonzero(variable) >= 20
+
+
+def test_a_loop_whose_turns_do_not_depend_on_each_other() -> None:
+    variable = tf.Variable(tf.zeros((40, 50)), name="w")
+    compressor = TopKCompressor(0.1)
+
+    @tf.function
+    def total(raw: tf.Tensor) -> tf.Tensor:
+        result = tf.zeros((40, 50))
+        for turn in tf.range(6):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(variable * raw[turn])
+            result += hvd.DistributedGradientTape(tape, compression=compressor).gradient(loss, [variable])[0]
+        return result
+
+    raw = np.stack([normal((40, 50), seed) for seed in range(6)])
+    result = total(tf.constant(raw))
+    assert_same_on_all_ranks([result])
+    one_by_one = gradients_of([tf.Variable(tf.zeros((40, 50)), name="w")], TopKCompressor(0.1))
+    assert_equal(result, sum(one_by_one(tf.constant(x))[0].numpy() for x in raw))
+    assert compressor.state_dict()["steps"] == {"w": 5}
 
 
 def test_an_error_in_one_run_leaves_the_next_one_whole() -> None:

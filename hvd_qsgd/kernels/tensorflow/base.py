@@ -1,7 +1,8 @@
 """What kernels for payloads of fixed size share, in TensorFlow operations.
 
 TensorFlow's arrays do not change, so here a codec is two pure functions: ``encode`` and
-``decode``. XLA compiles them once for each length (``jit_compile=True``); ``*_into`` run them on NumPy arrays.
+``decode``. XLA compiles them once for each length (``jit_compile=True``); ``*_into`` run them on arrays of
+:mod:`hvd_qsgd.kernels.tensorflow.array`, whose tensors stay on their device, and on those of NumPy.
 
 On the CPU TensorFlow takes subnormal numbers for zero, and so do these kernels there: buckets whose
 scale is below 2^-100 may get other bytes than from NumPy.
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from hvd_qsgd.codecs.base import Codec, Kernels, combine
+from hvd_qsgd.kernels.tensorflow.array import like, tensor_of
 
 MASK32 = 0xFFFFFFFF
 
@@ -51,16 +52,28 @@ class TensorFlowKernels(Kernels):
         """:meth:`decode`, compiled by XLA."""
         return tf.function(self.decode, jit_compile=True, autograph=False)
 
-    def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
-        halves = tf.constant([key & MASK32, key >> 32], tf.uint32)
-        payload = self.compiled_encode(tf.constant(x), halves, tf.constant(first, tf.int64)).numpy()
+    def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:
+        payload = self.compiled_encode(tensor_of(x), key_halves(key), tf.constant(first, tf.int64))
         self.codec.check_room(out, len(payload))
-        out[: len(payload)] = payload
+        out[: len(payload)] = like(out, payload)
         return len(payload)
 
-    def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        self.codec.check_payload(payload, out.size)
-        combine(out, self.compiled_decode(tf.constant(payload), out.size).numpy(), mode)
+    def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
+        self.codec.check_payload(payload, len(out))
+        combine(out, like(out, self.compiled_decode(tensor_of(payload), len(out))), mode)
+
+    def all_finite(self, x: Any) -> bool:
+        return all_finite(x)
+
+
+def all_finite(x: Any) -> bool:
+    """:meth:`Kernels.all_finite`."""
+    return bool(tf.reduce_all(tf.math.is_finite(tensor_of(x))))
+
+
+def key_halves(key: int) -> tf.Tensor:
+    """A 64-bit key as uint32 of shape (2,): the low and the high half."""
+    return tf.constant([key & MASK32, key >> 32], tf.uint32)
 
 
 def bytes_of(values: tf.Tensor) -> tf.Tensor:

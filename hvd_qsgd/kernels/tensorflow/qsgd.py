@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from hvd_qsgd.codecs.bits import planes_size
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NORM_LANES, QSGD, TINY
-from hvd_qsgd.kernels.tensorflow.base import TensorFlowKernels, bytes_of, values_of
+from hvd_qsgd.kernels.tensorflow.array import like, tensor_of
+from hvd_qsgd.kernels.tensorflow.base import TensorFlowKernels, bytes_of, key_halves, values_of
 from hvd_qsgd.kernels.tensorflow.bits import pack_planes, unpack_planes
 from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
 
@@ -42,6 +45,14 @@ def l2_norms(rows: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.sqrt(sums[:, 0]), tf.float32)
 
 
+def multiples_of(largest: int, divisor: int) -> np.ndarray:
+    """``level * (1 / divisor)`` for the levels ``-largest .. largest``, float32.
+
+    A table, because XLA takes products of three factors in an order of its own.
+    """
+    return np.arange(-largest, largest + 1, dtype=np.float32) * (np.float32(1) / np.float32(divisor))
+
+
 @dataclass(frozen=True)
 class QSGDKernels(TensorFlowKernels):
     """TensorFlow implementation of a QSGD codec; see :class:`hvd_qsgd.kernels.tensorflow.base.TensorFlowKernels`."""
@@ -63,9 +74,8 @@ class QSGDKernels(TensorFlowKernels):
         codec = self.codec
         at = 4 * codec.buckets(length)
         all_scales = values_of(payload[:at], tf.float32)
-        # A table, because XLA takes products of three factors in an order of its own. The last code is not used.
-        codes = np.arange(-codec.levels, codec.levels + 2, dtype=np.float32)
-        table = codes * (np.float32(1) / np.float32(codec.levels))
+        # The last code is not used.
+        table = multiples_of(codec.levels + 1, codec.levels)[1:]
         parts = [tf.zeros(0, tf.float32)]
         for rows, bucket in self._rows(tf.zeros(length)):
             count, width = rows.shape
@@ -75,6 +85,71 @@ class QSGDKernels(TensorFlowKernels):
             parts.append(tf.reshape(all_scales[bucket : bucket + count, None] * multiples, [-1]))
             at += count * stride
         return tf.concat(parts, axis=0)
+
+    # -- lanes: see hvd_qsgd.exchanges.allreduce --------------------------------------------------
+
+    def agree_into(self, x: Any, out: Any) -> None:
+        out[:] = like(out, self.compiled_agree(tensor_of(x)))
+
+    def to_lanes(self, x: Any, agreed: Any, ranks: int, out: Any, key: int = 0, first: int = 0) -> None:
+        position = tf.constant(first, tf.int64)
+        out[:] = like(out, self.compiled_to_lanes(tensor_of(x), tensor_of(agreed), ranks, key_halves(key), position))
+
+    def from_lanes(self, sums: Any, agreed: Any, ranks: int, out: Any, count: int) -> None:
+        table = tf.constant(multiples_of(self.codec.levels * ranks, self.codec.levels * count))
+        out[:] = like(out, self.compiled_from_lanes(tensor_of(sums), tensor_of(agreed), ranks, table, len(out)))
+
+    def agree(self, x: tf.Tensor) -> tf.Tensor:
+        scales = [tf.zeros(0, tf.float32), *(self._scales(rows) for rows, _ in self._rows(x))]
+        return tf.bitcast(tf.concat(scales, axis=0), tf.int32)
+
+    def lanes(self, x: tf.Tensor, agreed: tf.Tensor, ranks: int, key: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
+        """int32 words: the levels of ``x`` on the agreed scales, added into lanes."""
+        width = self.codec.lane_width(ranks)
+        lanes = 32 // width
+        weights = tf.constant([1 << (width * lane) for lane in range(lanes)], tf.int32)
+        scales = tf.bitcast(agreed, tf.float32)
+        start = first // self.codec.bucket_size
+        words = [tf.zeros(0, tf.int32)]
+        for rows, bucket in self._rows(x):
+            count, length = rows.shape
+            stride = -(-length // lanes)
+            levels = self._levels(rows, scales[bucket : bucket + count], key, start + bucket)
+            levels = tf.reshape(tf.pad(levels, [[0, 0], [0, lanes * stride - length]]), [count, lanes, stride])
+            words.append(tf.reshape(tf.reduce_sum(levels * weights[:, None], axis=1), [-1]))
+        return tf.concat(words, axis=0)
+
+    def values(self, sums: tf.Tensor, agreed: tf.Tensor, ranks: int, table: tf.Tensor, length: int) -> tf.Tensor:
+        """The inverse of :meth:`lanes` for a sum over ranks; ``table`` has the multiple of a scale for each sum."""
+        width = self.codec.lane_width(ranks)
+        lanes = 32 // width
+        largest = ranks * self.codec.levels
+        offset = sum(largest << (width * lane) for lane in range(lanes)) & 0xFFFFFFFF
+        unsigned = tf.bitcast(sums, tf.uint32) + tf.constant(offset, tf.uint32)
+        shifts = tf.constant([width * lane for lane in range(lanes)], tf.uint32)[:, None]
+        scales = tf.bitcast(agreed, tf.float32)
+        parts, at = [tf.zeros(0, tf.float32)], 0
+        for rows, bucket in self._rows(tf.zeros(length)):
+            count, size = rows.shape
+            stride = -(-size // lanes)
+            words = tf.reshape(unsigned[at : at + count * stride], [count, 1, stride])
+            digits = tf.bitwise.bitwise_and(shift_right(words, shifts), tf.constant((1 << width) - 1, tf.uint32))
+            multiples = tf.gather(table, tf.cast(tf.reshape(digits, [count, -1])[:, :size], tf.int32))
+            parts.append(tf.reshape(scales[bucket : bucket + count, None] * multiples, [-1]))
+            at += count * stride
+        return tf.concat(parts, axis=0)
+
+    @cached_property
+    def compiled_agree(self) -> Any:
+        return tf.function(self.agree, jit_compile=True, autograph=False)
+
+    @cached_property
+    def compiled_to_lanes(self) -> Any:
+        return tf.function(self.lanes, jit_compile=True, autograph=False)
+
+    @cached_property
+    def compiled_from_lanes(self) -> Any:
+        return tf.function(self.values, jit_compile=True, autograph=False)
 
     def _rows(self, x: tf.Tensor) -> Iterator[tuple[tf.Tensor, int]]:
         """The full buckets, then the tail: (rows, number of the first bucket)."""

@@ -11,11 +11,13 @@ import tensorflow as tf
 
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.topk import INFINITY_BITS, TopK
+from hvd_qsgd.kernels.tensorflow.array import tensor_of
+from hvd_qsgd.kernels.tensorflow.base import all_finite
 
 
 @dataclass(frozen=True)
 class TopKKernels(Kernels):
-    """The search among all values is compiled by XLA; the few values that it finds are packed in NumPy."""
+    """The search among all values is compiled by XLA; the few values that it finds go to the host, which packs them."""
 
     codec: TopK
 
@@ -35,12 +37,15 @@ class TopKKernels(Kernels):
         """:meth:`largest`, compiled by XLA."""
         return tf.function(self.largest, jit_compile=True, autograph=False)
 
-    def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
-        if not x.size:
-            return self.codec.encode_into(x, out)
-        positions, nonzero, finite = self.compiled_largest(tf.constant(x))
+    def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:
+        if not len(x):
+            return self.codec.encode_into(np.empty(0, np.float32), out)
+        positions, nonzero, finite = self.compiled_largest(tensor_of(x))
         kept = np.sort(positions.numpy()[: int(nonzero)].astype(np.int64))
         return self.codec.write(x, kept, out) if finite else self.codec.write_not_finite(out)
 
-    def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        self.codec.decode_into(payload, out, mode)
+    def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
+        self.codec.decode_into(np.asarray(payload), out, mode)
+
+    def all_finite(self, x: Any) -> bool:
+        return all_finite(x)
