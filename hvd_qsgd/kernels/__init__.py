@@ -21,6 +21,7 @@ from hvd_qsgd.errors import ConfigError
 KERNELS: dict[str, dict[str, str]] = {
     "numpy": {},
     "numba": {
+        "cast": "hvd_qsgd.kernels.numba.cast:CastKernels",
         "minmax": "hvd_qsgd.kernels.numba.minmax:MinMaxKernels",
         "qsgd": "hvd_qsgd.kernels.numba.qsgd:QSGDKernels",
         "topk": "hvd_qsgd.kernels.numba.topk:TopKKernels",

@@ -116,3 +116,15 @@ def level_of(typingctx, word, offset, shift, mask, largest):  # type: ignore[no-
         return builder.sub(digit, largest)
 
     return types.int32(*[types.int32] * 5), codegen
+
+
+@intrinsic
+def float_of(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The float32 with these bits, a uint32."""
+    return types.float32(types.uint32), lambda c, builder, s, a: builder.bitcast(a[0], ir.FloatType())
+
+
+@intrinsic
+def bits_of(typingctx, value):  # type: ignore[no-untyped-def]
+    """The bits of a float32, as uint32."""
+    return types.uint32(types.float32), lambda c, builder, s, a: builder.bitcast(a[0], I32)
