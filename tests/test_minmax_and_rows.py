@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkers import FLT_MAX, check_config, check_same_bits, float32_arrays, gauss, hard_arrays
-from hypothesis import given
+from checkers import FLT_MAX, check_config, check_same_bits, flip_bit, float32_arrays, gauss, hard_arrays
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_qsgd import QSGD, Cast, Codec, ConfigError, Identity, MinMax, PayloadError, Rows, TopK, codec_from_config
+from hvd_qsgd.codecs.base import MODES
+from hvd_qsgd.kernels import kernels_for
 
 HARD = hard_arrays()
 INNER: list[Codec] = [TopK(0.2), TopK(k=3, values="float16"), QSGD(3, 16), MinMax(4), Identity(), Cast()]
@@ -129,3 +131,37 @@ def test_random_bytes_are_refused_or_decoded(data: bytes, length: int, inner: Co
         assert codec.decode(np.frombuffer(data, np.uint8), length).shape == (length,)
     except PayloadError as error:
         assert str(error)
+
+
+@settings(max_examples=300)
+@given(
+    inner=st.sampled_from([TopK(0.2), TopK(0.5, values="float16"), TopK(1)]),
+    length=st.integers(1, 80),
+    seed=st.integers(0, 99),
+    bit=st.integers(0, 2**16),
+    mode=st.sampled_from(MODES),
+)
+def test_kernels_for_all_rows_refuse_a_flipped_bit_or_read_it_as_numpy_does(
+    inner: TopK, length: int, seed: int, bit: int, mode: str
+) -> None:
+    """With NaN in the first row, whose payload is a header."""
+    codec = Rows(inner, 9)
+    x = gauss(length, seed)
+    x[:9:4] = np.nan
+    payload = codec.encode(x)
+    damaged = flip_bit(payload, bit % (8 * len(payload)))
+    outcomes = []
+    for backend in ("numpy", "numba"):
+        out = np.ones(length, np.float32)
+        try:
+            kernels_for(codec, backend).decode_into(damaged, out, mode)
+            outcomes.append(out.view(np.uint32).tolist())
+        except PayloadError as error:
+            outcomes.append(str(error)[:40])
+    assert outcomes[0] == outcomes[1]
+
+
+def test_kernels_for_all_rows_say_where_a_message_has_no_room() -> None:
+    codec = Rows(TopK(0.5), 10)
+    with pytest.raises(PayloadError, match="does not fit into a buffer of 30"):
+        kernels_for(codec, "numba").encode_into(gauss(40), np.empty(30, np.uint8))

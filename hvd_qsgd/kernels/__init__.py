@@ -24,6 +24,7 @@ KERNELS: dict[str, dict[str, str]] = {
         "cast": "hvd_qsgd.kernels.numba.cast:CastKernels",
         "minmax": "hvd_qsgd.kernels.numba.minmax:MinMaxKernels",
         "qsgd": "hvd_qsgd.kernels.numba.qsgd:QSGDKernels",
+        "rows of topk": "hvd_qsgd.kernels.numba.rows_topk:RowsTopKKernels",
         "topk": "hvd_qsgd.kernels.numba.topk:TopKKernels",
         "topk_global": "hvd_qsgd.kernels.numba.topk:TopKKernels",
         "topk_rows": "hvd_qsgd.kernels.numba.topk_rows:RowTopKKernels",
@@ -75,10 +76,11 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
     """
     if backend not in KERNELS:
         raise ConfigError(f"Unknown backend {backend!r}; known are {', '.join(KERNELS)}.")
-    if isinstance(codec, Rows):
-        return RowsKernels(codec, kernels_for(codec.inner, backend))
-    entry = KERNELS[backend].get(codec.name)
+    name = f"rows of {codec.inner.name}" if isinstance(codec, Rows) else codec.name
+    entry = KERNELS[backend].get(name)
     if entry is None:
+        if isinstance(codec, Rows):
+            return RowsKernels(codec, kernels_for(codec.inner, backend))
         if backend == "numpy":
             return codec
         if backend in STAND_INS:
