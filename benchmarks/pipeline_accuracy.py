@@ -23,22 +23,27 @@ import numpy as np
 import torch
 from pipeline_tasks import Task, bible_task, mnist_task
 
-from hvd_qsgd import QSGD, MinMax, TopK
+from hvd_qsgd import QSGD, Codec, MinMax, TopK
 from hvd_qsgd.pipeline import Direction, SimulatedPipeline
+from hvd_qsgd.pipeline.direction import FEEDBACKS
 
 TASKS = {"resnet": mnist_task, "transformer": bible_task}
 EPOCHS = {"resnet": 5, "transformer": 5}
+#: Shares of values that TopK sends.
+PERCENT = (50, 30, 20, 10, 5, 2)
+WARMUP_EPOCHS = 2
 Pair = tuple[Direction, Direction]
 
 
-def bits(forward: int, backward: int, codec: Any = MinMax) -> Pair:
-    return Direction(MinMax(forward)), Direction(codec(backward))
+def both(forward: Codec, backward: Codec, feedback: str = "none", **options: Any) -> Pair:
+    """The same feedback in both directions; AQ-SGD knows none for gradients."""
+    back = "none" if feedback == "aq-sgd" else feedback
+    return Direction(forward, feedback, **options), Direction(backward, back, **options)
 
 
-def topk(percent: float, feedback: str = "none", backward: str | None = None) -> Pair:
+def topk(percent: float, feedback: str = "none", warmup_epochs: int = 0) -> Pair:
     codec = TopK(percent / 100)
-    back = feedback if backward is None else backward
-    return Direction(codec, feedback, per_sample=True), Direction(codec, back, per_sample=True)
+    return both(codec, codec, feedback, per_sample=True, warmup_epochs=warmup_epochs)
 
 
 def shared(percent: float) -> Pair:
@@ -49,22 +54,26 @@ def settings(task: str) -> dict[str, Pair]:
     """By name: activations / gradients."""
     nothing = Direction()
     found = {"none": (nothing, nothing)}
-    for forward, backward in [(8, 8), (4, 4), (2, 2), (6, 8), (4, 8), (3, 8), (2, 8), (8, 6), (8, 4), (8, 3), (8, 2)]:
-        found[f"minmax {forward}/{backward} bits"] = bits(forward, backward)
+    equal, fewer = [(8, 8), (4, 4), (2, 2)], range(7, 1, -1)
+    for forward, backward in [*equal, *((bits, 8) for bits in fewer), *((8, bits) for bits in fewer)]:
+        found[f"minmax {forward}/{backward} bits"] = both(MinMax(forward), MinMax(backward))
     for forward, backward in [(4, 4), (8, 4), (8, 2)]:
-        found[f"minmax {forward} / qsgd {backward} bits"] = bits(forward, backward, QSGD)
-    for percent in (50, 30, 20, 10, 5, 2):
+        found[f"minmax {forward} / qsgd {backward} bits"] = both(MinMax(forward), QSGD(backward))
+    for percent in PERCENT:
         found[f"topk {percent} %"] = topk(percent)
     for percent in (10, 2):
         found[f"topk {percent} % / none"] = (topk(percent)[0], nothing)
         found[f"none / topk {percent} %"] = (nothing, topk(percent)[1])
     for percent in (20, 10, 5) if task == "transformer" else (10,):
         found[f"topk {percent} % shared mask"] = shared(percent)
-    for feedback in ("ef", "ef21", "ef-mixed"):
-        found[f"topk 10 % {feedback}"] = topk(10, feedback)
-    for percent in (50, 30, 20, 10):
-        found[f"topk {percent} % aq-sgd"] = topk(percent, "aq-sgd", "none")
-    found["qsgd 4 bits aq-sgd / qsgd 8"] = (Direction(QSGD(4), "aq-sgd"), Direction(QSGD(8)))
+    found["qsgd 4 bits aq-sgd / qsgd 8"] = both(QSGD(4), QSGD(8), "aq-sgd")
+    found["topk 10 % after warm-up"] = topk(10, warmup_epochs=WARMUP_EPOCHS)
+    for feedback in FEEDBACKS[1:]:
+        for percent in PERCENT:
+            found[f"topk {percent} % {feedback}"] = topk(percent, feedback)
+        found[f"topk 10 % after warm-up {feedback}"] = topk(10, feedback, WARMUP_EPOCHS)
+        for forward, backward in [(4, 8), (2, 8), (4, 4), (2, 2)] if feedback != "ef-mixed" else ():
+            found[f"minmax {forward}/{backward} bits {feedback}"] = both(MinMax(forward), MinMax(backward), feedback)
     return found
 
 

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from hvd_qsgd import QSGD, Cast, ExchangeError, MinMax, TopK
 from hvd_qsgd.pipeline import Direction, Pipeline, SimulatedPipeline, StageError, split
-from hvd_qsgd.pipeline.ends import ACTIVATION, AFTER
+from hvd_qsgd.pipeline.ends import AFTER
+from hvd_qsgd.pipeline.transport import ACTIVATION, CONTROL
 
 D = Direction
 CASES: dict[str, tuple[Direction, Direction]] = {
@@ -122,6 +123,8 @@ def checkpoint(count: int) -> None:
     report(pipeline, "checkpoint: went on")
     pipeline = Pipeline(stages(count), **options)
     gradients(pipeline)
+    # A rank that is still in its step would be told there.
+    pipeline.transport.close()
     if pipeline.stage == 0:
         pipeline.ends.by_place[AFTER, ACTIVATION].store.clear()
     try:
@@ -176,6 +179,60 @@ def hybrid(count: int) -> None:
     hvd.shutdown()
 
 
+class OnDevice(torch.Tensor):
+    """Host memory that says it is a GPU's."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 0)
+
+
+def device_memory() -> None:
+    """Rank 0 sends from the memory of a GPU, which is played by host memory; rank 1 receives there.
+
+    With an MPI that reaches it MPI is given that memory, else page-locked memory of the host, and never before
+    the GPU's stream has come so far. mpi4py takes the path of GPU tensors (DLPack), MPI that of the host.
+    """
+    from types import SimpleNamespace
+
+    from hvd_qsgd.pipeline import transport_mpi
+
+    log: list[Any] = []
+    stream = SimpleNamespace(synchronize=lambda: log.append("waited"))
+    torch.cuda.current_stream = lambda device: stream  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: 0
+
+    def allocate(size: int, device: torch.device, page_locked: bool = False) -> torch.Tensor:
+        log.append((device.type, page_locked))
+        memory = torch.empty(size, dtype=torch.uint8)
+        return memory if device.type == "cpu" else memory.as_subclass(OnDevice)
+
+    transport_mpi.allocate = allocate
+    sent = torch.arange(1_000_003).to(torch.uint8)
+    for reached in (False, True):
+        log.clear()
+        transport = transport_mpi.MPITransport(device_memory=reached)
+        transport.device = torch.device("cuda", 0)
+        if transport.rank == 0:
+            message = sent.as_subclass(OnDevice)
+            transport.send(1, ACTIVATION, message)
+            if transport._outgoing:
+                assert (transport._outgoing[0][1].data_ptr() == message.data_ptr()) == reached
+            transport.flush()
+            assert log == (["waited"] if reached else [("cpu", True), "waited"]), log
+            transport.send(1, CONTROL, sent[:9])
+        else:
+            received = transport.receive(0, ACTIVATION)
+            assert log[:2] == ([("cuda", False), "waited"] if reached else [("cpu", True), *log[1:2]]), log
+            assert isinstance(received, OnDevice) == reached
+            np.testing.assert_array_equal(received.as_subclass(torch.Tensor).numpy(), sent.numpy())
+            control = transport.receive(0, CONTROL)
+            assert log[-1] == ("cpu", False) and control.device.type == "cpu"
+        transport.close()
+        print(f"RANK {transport.rank} device memory, reached={reached}: right\n", end="", flush=True)
+    print(f"RANK {transport.rank} MPI says {transport_mpi.reaches_device_memory()}\n", end="", flush=True)
+
+
 class Failing(nn.Module):
     """Fails, or is killed, in the third forward."""
 
@@ -217,7 +274,8 @@ def report(pipeline: Pipeline, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", nargs="+", choices=["identical", "checkpoint", "hybrid", "error", "kill", "outside"])
+    works = ["identical", "checkpoint", "hybrid", "device_memory", "error", "kill", "outside"]
+    parser.add_argument("work", nargs="+", choices=works)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--transport", choices=["mpi", "horovod"], default="mpi")
     parser.add_argument("--cases", nargs="+", default=list(CASES))
@@ -239,6 +297,8 @@ def main() -> None:
             checkpoint(arguments.stages)
         elif work == "hybrid":
             hybrid(arguments.stages)
+        elif work == "device_memory":
+            device_memory()
         else:
             failure(arguments.stages, transport, work)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hvd_qsgd import QSGD, Cast, ConfigError, ExchangeError, Identity, MinMax, Rows, TopK, UnsupportedError
+from hvd_qsgd.kernels import kernels_of
 from hvd_qsgd.pipeline import Boundary, Direction, Receiver, RowStore, Sender, Settings, SimulatedPipeline, split
 from hvd_qsgd.pipeline.base import cut
 from hvd_qsgd.pipeline.schedule import BACKWARD, FORWARD, actions
@@ -226,16 +229,17 @@ def test_a_memory_that_is_missing_is_found_out() -> None:
 def test_a_damaged_message_is_found_out() -> None:
     sender, _ = ends(Direction(QSGD(8)))
     message, _ = sender.encode(gauss(2, 100))
+    whole = message.numpy()
     for damaged, text in (
-        (message[:10], "no pipeline message"),
-        (flip_bit(message, 0), "no pipeline message"),
-        (flip_bit(message, 40), "other settings"),
-        (flip_bit(message, 70), "number 0 is due"),
-        (message[:25], "damaged header"),
-        (flip_bit(message, 8 * 100), "decodes to other values"),
+        (whole[:10], "no pipeline message"),
+        (flip_bit(whole, 0), "no pipeline message"),
+        (flip_bit(whole, 40), "other settings"),
+        (flip_bit(whole, 70), "number 0 is due"),
+        (whole[:25], "damaged header"),
+        (flip_bit(whole, 8 * 100), "decodes to other values"),
     ):
         with pytest.raises(ExchangeError, match=text):
-            ends(Direction(QSGD(8)))[1].decode(damaged)
+            ends(Direction(QSGD(8)))[1].decode(torch.from_numpy(damaged))
 
 
 def test_an_uncompressed_message_that_is_cut_short_is_found_out() -> None:
@@ -251,7 +255,7 @@ def test_state_comes_back() -> None:
         through(one, gauss(4, 25, seed=step))
     for old, new in zip(one, other):
         new.load_state_dict(old.state_dict())
-        np.testing.assert_array_equal(new.state_digest(), old.state_digest())
+        assert torch.equal(new.state_digest(), old.state_digest())
     x = gauss(4, 25, seed=9)
     assert torch.equal(through(one, x), through(other, x))
 
@@ -357,7 +361,7 @@ def test_random_words_differ_between_boundaries_messages_replicas_and_seeds() ->
     made = set()
     for name, settings in (("a", {}), ("b", {}), ("a", {"replica": 1}), ("a", {"seed": 1})):
         sender = Sender(name, Direction(QSGD(2)), Settings(**settings))
-        made |= {sender.encode(x)[0][32:].tobytes() for _ in range(2)}
+        made |= {sender.encode(x)[0][32:].numpy().tobytes() for _ in range(2)}
     assert len(made) == 8
 
 
@@ -406,6 +410,42 @@ def test_batches_are_cut_as_evenly_as_can_be() -> None:
             sizes = [part.stop - part.start for part in cut(size, parts)]
             assert sum(sizes) == size and len(sizes) == min(parts, size)
             assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+
+
+# -- GPUs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_of_other_devices_make_the_same_pipeline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stage on a GPU does, by torch operations on the CPU: the same losses and outputs, bit for bit."""
+    forward, backward = CASES[name]
+    expected = train(SimulatedPipeline(stages(2), forward=forward, backward=backward))
+    used = []
+
+    def by_torch(codec: Any, like: torch.Tensor) -> tuple[Any, Any]:
+        used.append(codec)
+        return kernels_of(codec, like), lambda tensor: tensor
+
+    monkeypatch.setattr("hvd_qsgd.pipeline.coding.kernels_and_arrays", by_torch)
+    losses, predicted = train(SimulatedPipeline(stages(2), forward=forward, backward=backward))
+    assert losses == expected[0] and (used or name == "uncompressed")
+    check_same([predicted], [expected[1]])
+
+
+def test_an_mpi_that_reaches_the_memory_of_gpus_is_known_by_its_own_word() -> None:
+    """Libraries of three kinds play MPI; what mpi4py is linked with is asked in ``test_pipeline_ranks.py``."""
+    script = """
+from types import SimpleNamespace
+import ctypes, mpi4py
+mpi4py.rc.initialize = False
+from hvd_qsgd.pipeline.transport_mpi import reaches_device_memory
+for library in (SimpleNamespace(MPIX_Query_cuda_support=lambda: 1), SimpleNamespace(MPIX_Query_cuda_support=lambda: 0),
+                SimpleNamespace()):
+    ctypes.CDLL = lambda path: library
+    print(reaches_device_memory())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["True", "False", "False"]
 
 
 # -- refusals ------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
-from launch import LAUNCHERS, Outcome, launch
+from launch import LAUNCHERS, Outcome, environment, launch
 from pipeline_worker import CASES
 
 WORKER = "tests/pipeline_worker.py"
@@ -25,6 +27,15 @@ def test_every_kind_of_compression_equals_the_simulation_and_goes_on_from_a_chec
     assert lines(outcome, "identical") == 4 * (len(CASES) + len(GPIPE)), outcome.output
     assert lines(outcome, "checkpoint: went on") == 4
     assert lines(outcome, "checkpoint: a difference was found") == 4
+
+
+def test_messages_of_a_gpu_go_where_mpi_reaches_them() -> None:
+    outcome = launch([WORKER, "device_memory"], 2, "mpirun")
+    assert lines(outcome, "right") == 4
+    built = subprocess.run(
+        ["ompi_info", "--parsable", "--all"], capture_output=True, text=True, check=True, env=environment()
+    )
+    assert lines(outcome, f"MPI says {'mpi_built_with_cuda_support:value:true' in built.stdout}") == 2
 
 
 @pytest.mark.parametrize(("ranks", "launcher"), [(2, "gloo"), (4, "mpi")])

@@ -17,9 +17,10 @@ import torch
 
 from hvd_qsgd.codecs.base import check_integer
 from hvd_qsgd.errors import ConfigError, ExchangeError
+from hvd_qsgd.kernels.torch.plain import reinterpret
 from hvd_qsgd.pipeline.coding import METHODS, Coder, Decoded, Plain, as_bytes, codec_of
 from hvd_qsgd.pipeline.direction import Direction
-from hvd_qsgd.pipeline.message import Header, check_tensor, unpack
+from hvd_qsgd.pipeline.message import Header, bytes_of, check_tensor, unpack
 from hvd_qsgd.pipeline.row_store import RowStore
 from hvd_qsgd.random_words import MASK64, key_of, stream_of
 from hvd_qsgd.stats import TensorStats
@@ -82,10 +83,10 @@ class End:
         self.sequence = 0
         self.store.clear()
 
-    def state_digest(self) -> np.ndarray:
-        """What must be equal on both ends: the number of messages, and memories that both keep."""
+    def state_digest(self) -> torch.Tensor:
+        """What must be equal on both ends, uint8: the number of messages, and memories that both keep."""
         digest = self.store.digest() if self.remembers_on_both_ends else b""
-        return np.frombuffer(self.sequence.to_bytes(8, "little") + digest, np.uint8).copy()
+        return torch.frombuffer(bytearray(self.sequence.to_bytes(8, "little") + digest), dtype=torch.uint8)
 
     def state_dict(self) -> dict[str, Any]:
         return {"sequence": self.sequence, "store": self.store.state_dict()}
@@ -134,8 +135,8 @@ class Sender(End):
         training: bool = True,
         mask: torch.Tensor | None = None,
         want_mask: bool = False,
-    ) -> tuple[np.ndarray, torch.Tensor | None]:
-        """The next message.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next message, uint8 in the memory where ``x`` is.
 
         Args:
             x: floating-point tensor of shape (samples, ...).
@@ -172,7 +173,7 @@ class Sender(End):
             parts = [as_bytes(values)]
             if self._observes(header):
                 self._feedback.observe(values.float(), keys)
-        message = np.concatenate([header.pack(), *parts])
+        message = torch.cat([header.pack().to(x.device), *parts])
         self.sequence += 1
         self._count(x, message)
         return message, decoded.mask if decoded is not None else None
@@ -181,7 +182,7 @@ class Sender(End):
         wanted = self.epoch >= self.direction.warmup_epochs if training else self.direction.at_inference
         return wanted and self.direction.compresses
 
-    def _count(self, x: torch.Tensor, message: np.ndarray) -> None:
+    def _count(self, x: torch.Tensor, message: torch.Tensor) -> None:
         raw = x.numel() * x.element_size()
         self.stats.elements = x.numel()
         self.stats.exchanges += 1
@@ -194,8 +195,8 @@ class Sender(End):
 class Receiver(End):
     """The end that decodes."""
 
-    def decode(self, message: np.ndarray, device: Any = None, mask: torch.Tensor | None = None) -> Received:
-        """The tensor of the next message, on ``device`` (default: the CPU).
+    def decode(self, message: torch.Tensor, device: Any = None, mask: torch.Tensor | None = None) -> Received:
+        """The tensor of the next message, wherever that is, on ``device`` (default: the CPU).
 
         Raises:
             ExchangeError: the message is not the one that is due, or the two ends differ.
@@ -217,8 +218,7 @@ class Receiver(End):
         else:
             if len(body) != shape[0] * shape[1] * header.dtype.itemsize:
                 raise ExchangeError(f"{self.name}: {len(body)} bytes came for a tensor of shape {header.shape}.")
-            data = torch.frombuffer(bytearray(body.tobytes()), dtype=header.dtype) if len(body) else torch.empty(0)
-            tensor, sent = data.view(shape).to(device), None
+            tensor, sent = reinterpret(body.to(device), header.dtype).view(shape), None
             if self._observes(header):
                 self._feedback.observe(tensor.float(), keys)
         self.sequence += 1
@@ -252,4 +252,4 @@ def check_samples(samples: Any, batch: int) -> np.ndarray:
 
 def digest_of(values: torch.Tensor) -> int:
     # NaN has many bit patterns.
-    return zlib.crc32(as_bytes(values.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)).tobytes())
+    return zlib.crc32(bytes_of(as_bytes(values.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))))

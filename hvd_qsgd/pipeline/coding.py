@@ -8,6 +8,7 @@ All values here are float32 of shape (samples, elements of a sample).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,16 @@ import numpy as np
 import torch
 
 from hvd_qsgd.codecs import Codec
+from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.kernels import kernels_for, kernels_of
+from hvd_qsgd.kernels.numba import reduce
+from hvd_qsgd.kernels.torch.plain import reinterpret
 from hvd_qsgd.pipeline.direction import Direction
 from hvd_qsgd.pipeline.row_store import RowStore
 
-Parts = list[np.ndarray]
+#: uint8 tensors, in the memory of the tensor that they tell of.
+Parts = list[torch.Tensor]
 
 
 @dataclass
@@ -39,32 +44,33 @@ class Coder:
     key: int
     mask: torch.Tensor | None = None
 
-    def encode(self, values: torch.Tensor) -> np.ndarray:
-        flat = values.reshape(-1) if self.mask is None else values[self.mask]
-        size = self.codec.payload_size(flat.numel())
-        if flat.device.type == "cpu":
-            payload = np.empty(size, np.uint8)
-            return payload[: kernels_for(self.codec, "numba").encode_into(flat.contiguous().numpy(), payload, self.key)]
-        on_device = torch.empty(size, dtype=torch.uint8, device=flat.device)
-        used = kernels_of(self.codec, flat).encode_into(flat.contiguous(), on_device, self.key)
-        return on_device[:used].cpu().numpy()
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        flat = (values.reshape(-1) if self.mask is None else values[self.mask]).contiguous()
+        payload = torch.empty(self.codec.payload_size(flat.numel()), dtype=torch.uint8, device=flat.device)
+        kernels, wrap = kernels_and_arrays(self.codec, flat)
+        return payload[: kernels.encode_into(wrap(flat), wrap(payload), self.key)]
 
-    def decode(self, payload: np.ndarray, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
+    def decode(self, payload: torch.Tensor, shape: tuple[int, int], device: torch.device) -> torch.Tensor:
         length = shape[0] * shape[1] if self.mask is None else int(self.mask.sum())
         flat = torch.empty(length, dtype=torch.float32, device=device)
-        if device.type == "cpu":
-            kernels_for(self.codec, "numba").decode_into(payload, flat.numpy())
-        else:
-            kernels_of(self.codec, flat).decode_into(torch.from_numpy(payload).to(device), flat)
+        kernels, wrap = kernels_and_arrays(self.codec, flat)
+        kernels.decode_into(wrap(payload.to(device)), wrap(flat))
         if self.mask is None:
             return flat.view(shape)
         values = torch.zeros(shape, dtype=torch.float32, device=device)
         values[self.mask] = flat
         return values
 
-    def of_rows(self, rows: np.ndarray) -> Coder:
+    def of_rows(self, rows: torch.Tensor) -> Coder:
         """The coder of some of the samples; ``rows`` is a bool for each."""
-        return self if self.mask is None else replace(self, mask=self.mask[torch.from_numpy(rows)])
+        return self if self.mask is None else replace(self, mask=self.mask[rows])
+
+
+def kernels_and_arrays(codec: Codec, like: torch.Tensor) -> tuple[Kernels, Callable[[torch.Tensor], Any]]:
+    """The kernels for the device of a tensor, and what makes their arrays of tensors there."""
+    if like.device.type == "cpu":
+        return kernels_for(codec, "numba"), torch.Tensor.numpy
+    return kernels_of(codec, like), lambda tensor: tensor
 
 
 class Plain:
@@ -80,7 +86,7 @@ class Plain:
         payload = coder.encode(values)
         return [payload], masked(coder.decode(payload, shape_of(values), values.device)) if wanted else None
 
-    def decode(self, coder: Coder, body: np.ndarray, keys: np.ndarray, features: int, device: Any) -> Decoded:
+    def decode(self, coder: Coder, body: torch.Tensor, keys: np.ndarray, features: int, device: Any) -> Decoded:
         return masked(coder.decode(body, (len(keys), features), device))
 
     def observe(self, values: torch.Tensor, keys: np.ndarray) -> None:
@@ -109,14 +115,14 @@ class MixedFeedback(Plain):
     ) -> tuple[Parts, Decoded | None]:
         residual = read(self.store, keys, values)
         payloads = [coder.encode(values), coder.encode(residual)]
-        body = [np.array([len(payloads[0])], "<u4").view(np.uint8), *payloads]
-        decoded = self.decode(coder, np.concatenate(body), keys, values.shape[1], values.device)
+        body = [as_bytes(torch.tensor([len(payloads[0])], dtype=torch.int32)).to(values.device), *payloads]
+        decoded = self.decode(coder, torch.cat(body), keys, values.shape[1], values.device)
         if all_finite(decoded.values):
             write(self.store, keys, values + residual - decoded.values)
         return body, decoded
 
-    def decode(self, coder: Coder, body: np.ndarray, keys: np.ndarray, features: int, device: Any) -> Decoded:
-        cut = 4 + int(np.frombuffer(body[:4].tobytes(), "<u4")[0])
+    def decode(self, coder: Coder, body: torch.Tensor, keys: np.ndarray, features: int, device: Any) -> Decoded:
+        cut = 4 + int(reinterpret(body[:4], torch.int32))
         first, second = (coder.decode(part, (len(keys), features), device) for part in (body[4:cut], body[cut:]))
         return masked(first + second)
 
@@ -131,44 +137,55 @@ class DeltaFeedback(Plain):
         self, coder: Coder, values: torch.Tensor, keys: np.ndarray, wanted: bool = True
     ) -> tuple[Parts, Decoded | None]:
         known = self.store.known(keys)
-        chosen = torch.from_numpy(known)
-        parts = [np.packbits(known, bitorder="little"), as_bytes(values[~chosen])]
-        change = None
+        chosen = torch.from_numpy(known).to(values.device)
+        parts = [
+            torch.from_numpy(np.packbits(known, bitorder="little")).to(values.device),
+            as_bytes(values[~chosen]),
+        ]
+        changed = None
         if known.any():
-            memory = read(self.store, keys[known], values)
-            payload = coder.of_rows(known).encode(values[chosen] - memory)
-            parts.append(payload)
-            change = coder.of_rows(known).decode(payload, shape_of(memory), values.device)
-        return parts, self._update(values[~chosen], change, keys, known)
+            memory, coder = read(self.store, keys[known], values), coder.of_rows(chosen)
+            parts.append(coder.encode(values[chosen] - memory))
+            changed = memory, coder.decode(parts[-1], shape_of(memory), values.device)
+        return parts, self._update(values[~chosen], changed, keys, chosen)
 
-    def decode(self, coder: Coder, body: np.ndarray, keys: np.ndarray, features: int, device: Any) -> Decoded:
+    def decode(self, coder: Coder, body: torch.Tensor, keys: np.ndarray, features: int, device: Any) -> Decoded:
         known = self.store.known(keys)
         head = -(-len(keys) // 8)
-        if not np.array_equal(np.unpackbits(body[:head], bitorder="little")[: len(keys)].astype(bool), known):
+        theirs = np.unpackbits(body[:head].cpu().numpy(), bitorder="little")[: len(keys)].astype(bool)
+        if not np.array_equal(theirs, known):
             raise ExchangeError(
                 "The two ends of a boundary remember different samples, so that a change cannot be added to what it is "
                 "the change of. Call reset() on all stages, or load the state that belongs to the same checkpoint."
             )
         unknown = int((~known).sum())
         end = head + 4 * unknown * features
-        fresh = torch.from_numpy(np.frombuffer(body[head:end].tobytes(), np.float32).copy())
-        change = None
+        fresh = reinterpret(body[head:end], torch.float32).to(device).view(unknown, features)
+        chosen = torch.from_numpy(known).to(device)
+        changed = None
         if known.any():
-            change = coder.of_rows(known).decode(body[end:], (int(known.sum()), features), device)
-        return self._update(fresh.view(unknown, features).to(device), change, keys, known)
+            memory = read(self.store, keys[known], fresh)
+            changed = memory, coder.of_rows(chosen).decode(body[end:], shape_of(memory), device)
+        return self._update(fresh, changed, keys, chosen)
 
     def observe(self, values: torch.Tensor, keys: np.ndarray) -> None:
         if all_finite(values):
             write(self.store, keys, values)
 
-    def _update(self, fresh: torch.Tensor, change: Any, keys: np.ndarray, known: np.ndarray) -> Decoded:
-        """The new values of all keys, on both ends from the same numbers."""
+    def _update(
+        self,
+        fresh: torch.Tensor,
+        changed: tuple[torch.Tensor, torch.Tensor] | None,
+        keys: np.ndarray,
+        chosen: torch.Tensor,
+    ) -> Decoded:
+        """The new values of all keys, on both ends from the same numbers: memories of ``chosen`` and their change."""
         values = torch.empty((len(keys), fresh.shape[1]), dtype=torch.float32, device=fresh.device)
         mask = torch.ones_like(values, dtype=torch.bool)
-        chosen = torch.from_numpy(known)
         values[~chosen] = fresh
-        if change is not None:
-            values[chosen] = read(self.store, keys[known], fresh) + change
+        if changed is not None:
+            memory, change = changed
+            values[chosen] = memory + change
             mask[chosen] = change != 0
         if all_finite(values):
             write(self.store, keys, values)
@@ -198,11 +215,13 @@ def masked(values: torch.Tensor) -> Decoded:
     return Decoded(values, values != 0)
 
 
-def as_bytes(values: torch.Tensor) -> np.ndarray:
-    return values.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+def as_bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def all_finite(values: torch.Tensor) -> bool:
+    if values.device.type == "cpu":
+        return reduce.all_finite(values.reshape(-1).numpy())
     return bool(values.isfinite().all())
 
 

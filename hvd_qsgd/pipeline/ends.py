@@ -6,20 +6,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.pipeline.boundary import WAYS
 from hvd_qsgd.pipeline.channel import End, Received, Receiver, Sender, Settings
 from hvd_qsgd.pipeline.direction import Direction
-from hvd_qsgd.pipeline.transport import Transport
+from hvd_qsgd.pipeline.transport import CONTROL, Transport
 from hvd_qsgd.stats import Stats
 
 #: Where the other end is, as the difference of ranks.
 BEFORE, AFTER = -1, 1
-#: Tags of messages. The first two stand for the direction; the last is for everything else.
-ACTIVATION, GRADIENT, CONTROL = range(3)
 
 
 class Ends:
@@ -72,7 +69,7 @@ class Ends:
         for (side, _), end in self.by_place.items():
             self.transport.send(self._peer(side), CONTROL, end.state_digest())
         for (side, _), end in self.by_place.items():
-            if np.array_equal(self.transport.receive(self._peer(side), CONTROL), end.state_digest()):
+            if torch.equal(self.transport.receive(self._peer(side), CONTROL), end.state_digest()):
                 continue
             if not repair:
                 raise ExchangeError(

@@ -13,6 +13,8 @@ from hvd_qsgd.errors import ExchangeError, UnsupportedError
 #: "HQP1", fingerprint, sequence number, digest, number of the first row, flags, dtype, dimensions, a zero byte.
 HEADER = struct.Struct("<4sIIIIBBBx")
 MAGIC = b"HQP1"
+#: Bytes of a header with the most dimensions, without numbers of samples.
+LONGEST = HEADER.size + 4 * 255
 COMPRESSED, TRAINING, DIGEST, SAMPLES = 1, 2, 4, 8
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -44,7 +46,8 @@ class Header:
         """Position of each sample in its batch."""
         return self.first_row + np.arange(self.shape[0], dtype=np.int64)
 
-    def pack(self) -> np.ndarray:
+    def pack(self) -> torch.Tensor:
+        """The header's bytes, in host memory."""
         flags = COMPRESSED * self.compressed | TRAINING * self.training
         flags |= DIGEST * (self.digest is not None) | SAMPLES * (self.samples is not None)
         packed = HEADER.pack(
@@ -60,7 +63,7 @@ class Header:
         packed += struct.pack(f"<{len(self.shape)}I", *self.shape)
         if self.samples is not None:
             packed += self.samples.astype("<i8").tobytes()
-        return np.frombuffer(packed, np.uint8)
+        return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
 
 def check_tensor(x: torch.Tensor) -> None:
@@ -73,26 +76,26 @@ def check_tensor(x: torch.Tensor) -> None:
         )
 
 
-def unpack(message: np.ndarray) -> tuple[Header, np.ndarray]:
-    """The header of a message and its body.
+def unpack(message: torch.Tensor) -> tuple[Header, torch.Tensor]:
+    """The header of a message, and its body, which stays in the memory where the message is.
 
     Raises:
         ExchangeError: this is no message, or its end is missing.
     """
-    data = message.tobytes() if len(message) < HEADER.size else message[: HEADER.size].tobytes()
+    data = bytes_of(message[:LONGEST])
     if len(data) < HEADER.size or data[:4] != MAGIC:
         raise ExchangeError(
             f"{len(message)} bytes came that are no pipeline message. All stages must run the same version of hvd_qsgd."
         )
-    _, fingerprint, sequence, digest, first_row, flags, dtype, dimensions = HEADER.unpack(data)
+    _, fingerprint, sequence, digest, first_row, flags, dtype, dimensions = HEADER.unpack(data[: HEADER.size])
     at = HEADER.size + 4 * dimensions
     if dtype >= len(DTYPES) or len(message) < at:
         raise ExchangeError(f"A pipeline message of {len(message)} bytes has a damaged header.")
-    shape = struct.unpack(f"<{dimensions}I", message[HEADER.size : at].tobytes())
+    shape = struct.unpack(f"<{dimensions}I", data[HEADER.size : at])
     samples = None
     if flags & SAMPLES:
         end = at + 8 * shape[0]
-        samples = np.frombuffer(message[at:end].tobytes(), "<i8").astype(np.int64)
+        samples = np.frombuffer(bytes_of(message[at:end]), "<i8").astype(np.int64)
         at = end
     header = Header(
         fingerprint,
@@ -106,3 +109,7 @@ def unpack(message: np.ndarray) -> tuple[Header, np.ndarray]:
         samples,
     )
     return header, message[at:]
+
+
+def bytes_of(data: torch.Tensor) -> bytes:
+    return data.cpu().numpy().tobytes()

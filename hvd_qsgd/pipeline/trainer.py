@@ -15,9 +15,9 @@ from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.pipeline.base import Base, Directions, Loss, cut, evaluating
 from hvd_qsgd.pipeline.channel import Settings, check_samples
-from hvd_qsgd.pipeline.ends import ACTIVATION, AFTER, BEFORE, GRADIENT, Ends
+from hvd_qsgd.pipeline.ends import AFTER, BEFORE, Ends
 from hvd_qsgd.pipeline.schedule import FORWARD, SCHEDULES, actions
-from hvd_qsgd.pipeline.transport import StageError, Transport
+from hvd_qsgd.pipeline.transport import ACTIVATION, GRADIENT, StageError, Transport
 from hvd_qsgd.stats import Stats
 
 
@@ -84,7 +84,7 @@ class Pipeline(Base):
         settings = settings or Settings()
         settings = Settings(**{**vars(settings), "replica": self.replica})
         first = next(self.module.parameters(), torch.empty(0))
-        self.device = torch.device(device) if device is not None else first.device
+        self.device = transport.device = torch.device(device) if device is not None else first.device
         self._failed = False
         self.ends = Ends(self.stage, self.directions, settings, transport)
 

@@ -6,10 +6,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-import numpy as np
+import torch
 
 from hvd_qsgd.errors import ExchangeError
 
+#: Tags of messages. The first two stand for the direction; the last is for everything else.
+ACTIVATION, GRADIENT, CONTROL = range(3)
 #: Seconds between two looks at messages under way.
 PAUSE = 100e-6
 #: How long a failing rank tries to tell the others why.
@@ -21,19 +23,21 @@ class StageError(ExchangeError):
 
 
 class Transport(ABC):
-    """Point-to-point messages; those between two ranks with one tag arrive in the order they were sent."""
+    """Point-to-point messages, uint8; those between two ranks with one tag arrive in the order they were sent."""
 
     rank: int
     ranks: int
     #: Seconds after which a message that does not come is an error.
     timeout: float
+    #: That of the stage. Activations and gradients may be received in its memory; messages of control are on the host.
+    device = torch.device("cpu")
 
     @abstractmethod
-    def send(self, peer: int, tag: int, message: np.ndarray) -> None:
-        """Start to send uint8 data, which must not be changed afterwards."""
+    def send(self, peer: int, tag: int, message: torch.Tensor) -> None:
+        """Start to send bytes, wherever they are, which must not be changed afterwards."""
 
     @abstractmethod
-    def receive(self, peer: int, tag: int) -> np.ndarray:
+    def receive(self, peer: int, tag: int) -> torch.Tensor:
         """Wait for the next message from ``peer`` with this tag.
 
         Raises:

@@ -10,13 +10,12 @@ import time
 from collections import Counter
 
 import horovod.torch as hvd
-import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from hvd_qsgd.errors import ExchangeError
-from hvd_qsgd.pipeline.ends import ACTIVATION, CONTROL, GRADIENT
-from hvd_qsgd.pipeline.transport import GRACE_S, PAUSE, StageError, Transport
+from hvd_qsgd.pipeline.message import bytes_of
+from hvd_qsgd.pipeline.transport import ACTIVATION, CONTROL, GRACE_S, GRADIENT, PAUSE, StageError, Transport
 
 #: What a failing rank sends in place of a message begins with this.
 FAILED = b"HQPX"
@@ -46,7 +45,7 @@ def process_set_of(ranks: list[int]) -> hvd.ProcessSet:
 
 
 class HorovodTransport(Transport):
-    """Neighbours in a Horovod job.
+    """Neighbours in a Horovod job. Messages of a stage on a GPU pass through host memory.
 
     Args:
         links: process sets of two ranks each; see :func:`pipeline_links`.
@@ -61,11 +60,11 @@ class HorovodTransport(Transport):
         self._received: Counter[tuple[int, int]] = Counter()
         self._outgoing: list[int] = []
 
-    def send(self, peer: int, tag: int, message: np.ndarray) -> None:
-        self._outgoing.append(self._start(self.rank, peer, tag, self._sent, message))
+    def send(self, peer: int, tag: int, message: torch.Tensor) -> None:
+        self._outgoing.append(self._start(self.rank, peer, tag, self._sent, message.cpu()))
 
-    def receive(self, peer: int, tag: int) -> np.ndarray:
-        handle = self._start(peer, self.rank, tag, self._received, np.empty(0, np.uint8))
+    def receive(self, peer: int, tag: int) -> torch.Tensor:
+        handle = self._start(peer, self.rank, tag, self._received, torch.empty(0, dtype=torch.uint8))
         self._await(lambda: self._look() and hvd.poll(handle), f"for message {tag} from rank {peer}")
         return self._finish(handle)
 
@@ -75,7 +74,7 @@ class HorovodTransport(Transport):
     def abort(self, cause: str) -> None:
         # Neighbours wait for the next message of some tag, or have sent one that nobody will answer; who is told
         # tells its other neighbour. The rank that leaves first shuts Horovod down for all, so all wait for all.
-        text = np.frombuffer(FAILED + cause.encode(), np.uint8).copy()
+        text = torch.frombuffer(bytearray(FAILED + cause.encode()), dtype=torch.uint8)
         with contextlib.suppress(StageError):
             for peer in self._links:
                 for tag in (ACTIVATION, GRADIENT, CONTROL) if peer != self.rank else ():
@@ -91,7 +90,7 @@ class HorovodTransport(Transport):
         self.flush()
         hvd.barrier()
 
-    def _start(self, source: int, target: int, tag: int, counter: Counter[tuple[int, int]], data: np.ndarray) -> int:
+    def _start(self, source: int, target: int, tag: int, counter: Counter[tuple[int, int]], data: torch.Tensor) -> int:
         peer = target if source == self.rank else source
         link = self._links.get(peer)
         if link is None:
@@ -103,7 +102,7 @@ class HorovodTransport(Transport):
         splits = torch.tensor([len(data) if rank == peer else 0 for rank in link.ranks], dtype=torch.int32)
         name = f"hvd_qsgd.pipeline.{source}.{target}.{tag}.{number}"
         try:
-            return int(hvd.alltoall_async(torch.from_numpy(data), splits, name=name, process_set=link))
+            return int(hvd.alltoall_async(data, splits, name=name, process_set=link))
         except ValueError as error:
             # Process sets are gone once Horovod has been shut down.
             raise StageError(f"Another rank has ended: {error}") from error
@@ -115,12 +114,11 @@ class HorovodTransport(Transport):
             self._finish(handle)
         return True
 
-    def _finish(self, handle: int) -> np.ndarray:
+    def _finish(self, handle: int) -> torch.Tensor:
         try:
-            received, _ = hvd.synchronize(handle)
+            message: torch.Tensor = hvd.synchronize(handle)[0]
         except HorovodInternalError as error:
             raise StageError(f"Another rank has ended: {error}") from error
-        message: np.ndarray = received.numpy()
-        if message[: len(FAILED)].tobytes() == FAILED:
-            raise StageError(message[len(FAILED) :].tobytes().decode(errors="replace"))
+        if bytes_of(message[: len(FAILED)]) == FAILED:
+            raise StageError(bytes_of(message[len(FAILED) :]).decode(errors="replace"))
         return message
