@@ -3,6 +3,8 @@
     python benchmarks/pipeline_accuracy.py                  # both, 5 seeds: about an hour; goes on where it was
     python benchmarks/pipeline_accuracy.py --minutes 20     # as much as fits, seed by seed
     python benchmarks/pipeline_accuracy.py --quick          # one epoch of some settings, under a minute
+    python benchmarks/pipeline_accuracy.py --tasks cifar10 --data cifar-10-batches-py --epochs 100
+    python benchmarks/pipeline_accuracy.py --tasks gpt2 --data wikitext-2 --model gpt2 --epochs 4
 
 All stages run in one process with the numbers of a real pipeline (``SimulatedPipeline``). Every trained
 model is tested twice: with compression at inference and without. Each run is a line of a file, so that an
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from pipeline_tasks import Task, bible_task, mnist_task
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from pipeline_tasks import TASKS, Task, make_task
 
 from hvd_qsgd import QSGD, Codec, MinMax, TopK
 from hvd_qsgd.pipeline import Direction, SimulatedPipeline
 from hvd_qsgd.pipeline.direction import FEEDBACKS
 
-TASKS = {"resnet": mnist_task, "transformer": bible_task}
-EPOCHS = {"resnet": 5, "transformer": 5}
+UNITS = {"transformer": "loss, nats a character", "wikitext": "loss, nats a character", "gpt2": "loss, nats a token"}
+ACCURACY = "accuracy, %"
 #: Shares of values that TopK sends.
 PERCENT = (50, 30, 20, 10, 5, 2)
 WARMUP_EPOCHS = 2
@@ -64,7 +70,7 @@ def settings(task: str) -> dict[str, Pair]:
     for percent in (10, 2):
         found[f"topk {percent} % / none"] = (topk(percent)[0], nothing)
         found[f"none / topk {percent} %"] = (nothing, topk(percent)[1])
-    for percent in (20, 10, 5) if task == "transformer" else (10,):
+    for percent in (20, 10, 5) if task in UNITS else (10,):
         found[f"topk {percent} % shared mask"] = shared(percent)
     found["qsgd 4 bits aq-sgd / qsgd 8"] = both(QSGD(4), QSGD(8), "aq-sgd")
     found["topk 10 % after warm-up"] = topk(10, warmup_epochs=WARMUP_EPOCHS)
@@ -81,7 +87,7 @@ def run(task: Task, pair: Pair, seed: int, epochs: int) -> dict[str, Any]:
     """Train once; the measure with and without compression at inference."""
     pipeline = SimulatedPipeline(task.stages, forward=pair[0], backward=pair[1], micro_batches=1)
     optimizer = task.optimizer(list(pipeline.parameters()))
-    steps = epochs * (len(task.inputs) // task.batch_size)
+    steps = epochs * -(-len(task.inputs) // task.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
@@ -101,8 +107,7 @@ def run(task: Task, pair: Pair, seed: int, epochs: int) -> dict[str, Any]:
         for boundary in pipeline.boundaries:
             for sender in boundary.senders:
                 sender.direction = replace(sender.direction, at_inference=at_inference)
-        with torch.no_grad():
-            result[name] = task.measure(pipeline.predict(task.test_inputs), task.test_targets)
+        result[name] = task.test(pipeline)
     return result
 
 
@@ -114,8 +119,11 @@ def tables(runs: list[dict[str, Any]]) -> str:
     """One table a task, in Markdown: mean and standard deviation over seeds."""
     lines = []
     for task in dict.fromkeys(run["task"] for run in runs):
-        unit = "accuracy, %" if task == "resnet" else "loss, nats a character"
-        lines += [f"{task}: {unit}", "", "| activations / gradients | on | off | times fewer bytes | seeds |"]
+        lines += [
+            f"{task}: {UNITS.get(task, ACCURACY)}",
+            "",
+            "| activations / gradients | on | off | times fewer bytes | seeds |",
+        ]
         lines += ["|---|---|---|---|---|"]
         for name, group in grouped(runs, task).items():
             cells = [summary(group, key) for key in ("on", "off")]
@@ -163,7 +171,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         axis.set_yticks(range(len(groups)), list(groups))
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.4)
-        axis.set(title=task, xlabel="accuracy, %" if task == "resnet" else "loss, nats a character")
+        axis.set(title=task, xlabel=UNITS.get(task, ACCURACY))
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -171,7 +179,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["resnet", "transformer"])
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where CIFAR-10 or WikiText is")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="where GPT-2 is: configuration, tokenizer, weights")
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="settings whose names contain one of these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
@@ -180,7 +191,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.quick:
-        arguments.seeds, arguments.only = 1, arguments.only or ["none", "minmax 8/8", "topk 10 %"]
+        arguments.seeds, arguments.epochs = 1, 1
+        arguments.only = arguments.only or ["none", "minmax 8/8", "topk 10 %"]
     path = arguments.output.with_suffix(".jsonl")
     runs = load(path)
     done = {(run["task"], run["name"], run["seed"]) for run in runs}
@@ -193,7 +205,8 @@ def main() -> None:
                 if not wanted or late or (kind, name, seed) in done:
                     continue
                 torch.manual_seed(seed)
-                result = run(TASKS[kind](arguments.quick), pair, seed, 1 if arguments.quick else EPOCHS[kind])
+                task = make_task(kind, arguments.data, arguments.model, arguments.quick)
+                result = run(task, pair, seed, arguments.epochs)
                 runs.append({"task": kind, "name": name, "seed": seed, **result})
                 with path.open("a") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
