@@ -116,19 +116,25 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """One table a task, in Markdown: mean and standard deviation over seeds."""
+    """Two tables a task, in Markdown, of means and standard deviations over seeds: all without feedback, and feedback."""
     lines = []
     for task in dict.fromkeys(run["task"] for run in runs):
-        lines += [
-            f"{task}: {UNITS.get(task, ACCURACY)}",
-            "",
-            "| activations / gradients | on | off | times fewer bytes | seeds |",
-        ]
-        lines += ["|---|---|---|---|---|"]
-        for name, group in grouped(runs, task).items():
-            cells = [summary(group, key) for key in ("on", "off")]
-            cells += [f"{mean(group, 'times_fewer_bytes'):.1f}", str(len(group))]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        groups = grouped(runs, task)
+        fed = {f"{base} {feedback}": base for base in groups for feedback in FEEDBACKS[1:]}
+        bases = [base for base in groups if any(name in groups for name in fed if fed[name] == base)]
+        lines += [f"{task}: {UNITS.get(task, ACCURACY)}", ""]
+        lines += ["| activations / gradients | on | off | times fewer bytes | seeds |", "|---|---|---|---|---|"]
+        for name, group in groups.items():
+            if name not in fed:
+                cells = [summary(group, key) for key in ("on", "off")]
+                cells += [f"{mean(group, 'times_fewer_bytes'):.1f}", str(len(group))]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        if bases:
+            lines += ["", f"| on, off | {' | '.join(FEEDBACKS)} |", "|---|" + "---|" * len(FEEDBACKS)]
+        for base in bases:
+            names = [base, *(f"{base} {feedback}" for feedback in FEEDBACKS[1:])]
+            cells = [", ".join(summary(groups[n], key) for key in ("on", "off")) if n in groups else "" for n in names]
+            lines.append(f"| {base} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines) + "on, off: whether it is compressed at inference, too\n"
 
