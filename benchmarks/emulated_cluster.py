@@ -7,9 +7,11 @@ All hosts hang on one bridge, and a token bucket on both ends of each cable limi
         result = cluster.run([sys.executable, "train.py"], launcher="mpi")
         print(result.stdout, cluster.bytes_sent())
 
-``run`` is a real multi-host ``horovodrun`` over ssh. It starts in one more namespace, the launcher, whose link is
-not limited and whose traffic is not counted, so that all hosts are equally remote. The hosts share the file system
-and the processors of this machine: the bytes are real, the time for computing is not that of a cluster.
+``run`` is a real multi-host ``horovodrun`` or ``mpirun`` over ssh. It starts in one more namespace, the launcher, whose
+link is not limited and whose traffic is not counted, so that all hosts are equally remote. The hosts share the file
+system and the processors of this machine: the bytes are real, the time for computing is not that of a cluster.
+
+Hosts can fail while a program runs (``disconnect``, ``kill``), and links can differ (``limit``).
 
 The byte counters are those of the kernel. Large TCP segments pass a virtual cable in one piece, so they count
 their headers once and the numbers are a few per cent below those of a physical wire.
@@ -43,6 +45,7 @@ BRIDGE = f"{PREFIX}bridge"
 LAUNCHER = f"{PREFIX}launcher"
 INTERFACE = "eth0"
 
+LAUNCHERS = ("mpi", "gloo", "mpirun")
 MAX_HOSTS = 200
 LAUNCHER_NUMBER = 253
 BRIDGE_NUMBER = 254
@@ -198,13 +201,13 @@ class EmulatedCluster:
         timeout: float = 600.0,
         capture: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on all hosts with ``horovodrun`` and wait for it.
+        """Run a command on all hosts with ``horovodrun`` or ``mpirun`` and wait for it.
 
         Nothing that the command started is left running afterwards, however it ends.
 
         Args:
             command: Program and arguments; ``python`` is the interpreter of the current environment.
-            launcher: "mpi" or "gloo".
+            launcher: "mpi" or "gloo", which are those of ``horovodrun``, or "mpirun", which is called directly.
             processes: Number of processes, filled up host by host; one per host by default.
             environment: Variables for launcher and processes, on top of those of the current process.
             timeout: Seconds until everything is killed.
@@ -248,6 +251,18 @@ class EmulatedCluster:
         """Bytes that each host has received over its link since the cluster was built."""
         return [self._counter(name, "rx_bytes") for name in self._names]
 
+    def limit(self, host: int, rate: str) -> None:
+        """Give one host, counted from 0, a link of another rate in both directions."""
+        self._limit(self._names[host], rate, "replace")
+
+    def disconnect(self, host: int) -> None:
+        """Pull the cable of a host, counted from 0: it goes on, but nothing reaches it and nothing comes from it."""
+        _call("ip", "link", "set", self._names[host], "down")
+
+    def kill(self, host: int) -> None:
+        """Kill all that runs on a host, counted from 0, and its ssh server; its kernel closes their connections."""
+        _kill_processes(self._names[host])
+
     def _counter(self, name: str, counter: str) -> int:
         return int(_call("ip", "netns", "exec", name, "cat", f"/sys/class/net/{INTERFACE}/statistics/{counter}"))
 
@@ -281,8 +296,7 @@ class EmulatedCluster:
         for name, address in zip(self._names, self.addresses, strict=True):
             self._add_namespace(name, address)
             if self.rate is not None:
-                self._limit("tc", "qdisc", "add", "dev", name)
-                self._limit("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", INTERFACE)
+                self._limit(name, self.rate, "add")
 
     def _add_namespace(self, name: str, address: str) -> None:
         _call("ip", "netns", "add", name)
@@ -292,9 +306,11 @@ class EmulatedCluster:
         _call("ip", "-n", name, "link", "set", INTERFACE, "up")
         _call("ip", "-n", name, "link", "set", "lo", "mtu", str(LOOPBACK_MTU), "up")
 
-    def _limit(self, *prefix: str) -> None:
-        bucket = ["root", "tbf", "rate", str(self.rate), "burst", self.burst, "latency", self.latency]
-        _call(*prefix, *bucket, remedy="Check rate, burst and latency: see `man tc-tbf`.")
+    def _limit(self, name: str, rate: str, how: str) -> None:
+        bucket = ["root", "tbf", "rate", rate, "burst", self.burst, "latency", self.latency]
+        for prefix, device in (([], name), (["ip", "netns", "exec", name], INTERFACE)):
+            command = [*prefix, "tc", "qdisc", how, "dev", device, *bucket]
+            _call(*command, remedy="Check rate, burst and latency: see `man tc-tbf`.")
 
     def _start_servers(self) -> None:
         if not SSHD_RUNTIME_DIRECTORY.exists():
@@ -340,13 +356,15 @@ class EmulatedCluster:
         )
 
     def _launch_command(self, command: Sequence[str], launcher: str, processes: int) -> list[str]:
-        if launcher not in ("mpi", "gloo"):
-            raise ClusterError(f"launcher={launcher!r} is unknown. Choose 'mpi' or 'gloo'.")
+        if launcher not in LAUNCHERS:
+            raise ClusterError(f"launcher={launcher!r} is unknown. Choose one of {', '.join(LAUNCHERS)}.")
+        slots = -(-processes // len(self.addresses))
+        hosts = ",".join(f"{address}:{slots}" for address in self.addresses)
+        if launcher == "mpirun":
+            return [*self._mpirun(processes, hosts), *command]
         horovodrun = Path(sys.prefix, "bin", "horovodrun")
         if not horovodrun.exists():
             raise ClusterError(f"{horovodrun} does not exist. Install Horovod into the environment {sys.prefix}.")
-        slots = -(-processes // len(self.addresses))
-        hosts = ",".join(f"{address}:{slots}" for address in self.addresses)
         arguments = [str(horovodrun), f"--{launcher}", "-np", str(processes), "-H", hosts]
         # The cache of successful ssh checks would vouch for hosts of an earlier cluster.
         arguments += ["--disable-cache", "--network-interface", INTERFACE]
@@ -354,6 +372,15 @@ class EmulatedCluster:
             # Tells ssh where a host finds Open MPI's daemon, which is not on the path of a login shell.
             arguments.append(f"--mpi-args=--prefix {shlex.quote(sys.prefix)}")
         return [*arguments, *command]
+
+    def _mpirun(self, processes: int, hosts: str) -> list[str]:
+        """As in Horovod's documentation; Open MPI hands no variables to remote hosts but those that are named."""
+        arguments = ["mpirun", "-np", str(processes), "--host", hosts, "--bind-to", "none", "--map-by", "slot"]
+        arguments += ["--mca", "pml", "ob1", "--mca", "btl", "^openib", "--mca", "btl_tcp_if_include", INTERFACE]
+        arguments += ["--mca", "oob_tcp_if_include", INTERFACE]
+        for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS"):
+            arguments += ["-x", name]
+        return arguments + (["--prefix", sys.prefix, "-x", "OPAL_PREFIX"] if _has_own_mpi() else [])
 
     def _launch_environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         environment = dict(os.environ)
@@ -484,7 +511,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts (default: %(default)s)")
     parser.add_argument("--rate", default="1gbit", help="link speed as tc writes it, or 'none' (default: %(default)s)")
-    parser.add_argument("--launcher", choices=("mpi", "gloo"), default="mpi", help="default: %(default)s")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="mpi", help="default: %(default)s")
     parser.add_argument("--processes", type=int, help="number of processes (default: one per host)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds (default: %(default)s)")
     parser.add_argument("command", nargs="+", help="program and arguments, after --")

@@ -1,14 +1,18 @@
 """Measure what some work sends over the network. Started by ``test_multihost.py`` on every emulated host.
 
 For each named piece of work the first rank prints one line of JSON: the bytes that every rank's interface sent and
-received during the steps alone, and what is needed to see that the work was done correctly.
+received during the steps alone, and what is needed to see that the work was done correctly. With ``--until-lost FILE``
+the last named work goes on for ever, and FILE appears when it is under way.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +24,8 @@ import torch
 INTERFACE = "eth0"
 ALLREDUCE_ELEMENTS = 1_000_000
 INPUTS, OUTPUTS, BATCH, LEARNING_RATE = 1024, 2048, 32, 0.02
+#: Steps before ``--until-lost`` says that it is under way.
+WARM_UP = 3
 
 #: One step of some work; training returns its loss.
 Step = Callable[[], float]
@@ -85,13 +91,26 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     }
 
 
+def go_on(name: str, under_way: Path) -> None:
+    step, _ = make_training(load_compression(name))
+    for number in itertools.count():
+        step()
+        if number == WARM_UP and hvd.rank() == 0:
+            under_way.touch()
+        if number == WARM_UP and os.environ.get("SLEEPING_RANK") == str(hvd.rank()):
+            time.sleep(3600)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     work = ("allreduce", "none", "fp16", "qsgd", "topk")
     parser.add_argument("--compression", nargs="+", choices=work, required=True, help="'allreduce' does not train")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--until-lost", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     hvd.init()
+    if arguments.until_lost:
+        go_on(arguments.compression[-1], arguments.until_lost)
     for name in arguments.compression:
         reports = hvd.allgather_object(measure(name, arguments.steps))
         if hvd.rank() == 0:
