@@ -288,6 +288,8 @@ class Factories(TorchFunctionMode):
             copy(*args, **kwargs)
             return tensor
         if isinstance(tensor, Far):
+            if name == "to" and DEVICE in args:
+                return tensor
             return aten.bitwise_not.default(tensor) if name == "__invert__" else func(*args, **kwargs)
         if tensor is not None and name == "pin_memory":
             return tensor if pinned(tensor) else pin(tensor.clone())
