@@ -288,6 +288,8 @@ class Factories(TorchFunctionMode):
             copy(*args, **kwargs)
             return tensor
         if isinstance(tensor, Far):
+            if name == "to" and DEVICE in args:
+                return tensor
             return aten.bitwise_not.default(tensor) if name == "__invert__" else func(*args, **kwargs)
         if tensor is not None and name == "pin_memory":
             return tensor if pinned(tensor) else pin(tensor.clone())
@@ -351,23 +353,21 @@ class Horovod:
         sent = self._inputs.pop(handle, None)
         if sent is None:
             return outcome
+        if isinstance(outcome, tuple):
+            result: Any = (self._received(outcome[0]), outcome[1])
+        else:
+            result = sent if outcome is sent.inner else self._received(outcome)
         if self._ends_early:
             WORLD.default.wait_stream(WORLD.nccl)
         else:
             join(WORLD.host, WORLD.nccl.clock)
-        if isinstance(outcome, tuple):
-            return self._received(outcome[0]), outcome[1]
-        return sent if outcome is sent.inner else self._received(outcome)
+        return result
 
     @staticmethod
     def _received(tensor: torch.Tensor) -> Far:
         memory = Memory(WORLD.default)
         memory.log["recorded"].add(WORLD.nccl)
         memory.use(WORLD.nccl, write=True)
-        if not horovod_torch.ends_early():
-            join(WORLD.host, WORLD.nccl.clock)
-        else:
-            WORLD.default.wait_stream(WORLD.nccl)
         return Far(tensor, memory)
 
 

@@ -20,9 +20,9 @@ def main() -> None:
             here, there = (QSGDCompressor(exchange=exchange) for _ in range(2))
             for seed in range(3):
                 x = normal((1000, 1000), seed).to(dtype)
-                expected = hvd.allreduce(x, name="here", compression=here)
+                expected = hvd.allreduce(x, name="x", compression=here)
                 with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext():
-                    result = hvd.allreduce(x.to(device), name="there", compression=there).cpu()
+                    result = hvd.allreduce(x.to(device), name="x", compression=there).cpu()
                 assert torch.equal(result, expected), (exchange, dtype, seed)
     print("SAME BITS", flush=True)
     hvd.shutdown()

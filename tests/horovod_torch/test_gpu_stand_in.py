@@ -12,6 +12,7 @@ import torch
 from gpu_stand_in import WORLD, HostWaitsError, RaceError, Stream, far
 from rank_checks import normal
 
+from hvd_qsgd.collectives import horovod_torch
 from hvd_qsgd.torch import (
     CastCompressor,
     IdentityCompressor,
@@ -117,6 +118,14 @@ def test_the_stand_in_finds_what_is_forgotten(forgotten: str, monkeypatch: pytes
             result + 1
         gc.collect()
         WORLD.faults.clear()
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_the_stand_in_finds_that_a_collective_ends_early(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in.gpu(monkeypatch, ends_early=True), WORLD.stream(Stream()):
+        monkeypatch.setattr(horovod_torch, "ends_early", lambda: False)
+        with pytest.raises(RaceError):
+            averages(QSGDCompressor(exchange=exchange), [far(normal(SHAPE))])
 
 
 def test_the_stand_in_finds_memory_that_was_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
