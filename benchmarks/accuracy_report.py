@@ -58,10 +58,11 @@ def summary(task: Task, runs: Runs) -> list[dict[str, Any]]:
     for member, by_seed in runs.items():
         seeds = [seed for seed in by_seed if seed in base]
         gain = interval([task.better * (by_seed[s]["quality"] - base[s]["quality"]) for s in seeds])
-        # What uncompressed training reaches after nine tenths of its steps.
-        curves = [smoothed(base[seed]["curve"]) for seed in seeds]
-        target = statistics.mean(curve[len(curve) * 9 // 10][1] for curve in curves)
-        reached = [bytes_to_reach(smoothed(by_seed[seed]["curve"]), target) for seed in seeds]
+        # What uncompressed training of the same seed reaches after nine tenths of its steps.
+        curves = {seed: smoothed(base[seed]["curve"]) for seed in seeds}
+        targets = {seed: curve[len(curve) * 9 // 10][1] for seed, curve in curves.items()}
+        needed = [bytes_to_reach(smoothed(by_seed[seed]["curve"]), targets[seed]) for seed in seeds]
+        reached = [sent for sent in needed if not math.isnan(sent)]
         verdict = "no difference seen"
         if member == "uncompressed":
             verdict = ""
@@ -80,7 +81,8 @@ def summary(task: Task, runs: Runs) -> list[dict[str, Any]]:
                 "quality": interval([by_seed[seed]["quality"] for seed in seeds]),
                 "gain": gain,
                 "ratio": statistics.mean(base[seed]["bytes"] / by_seed[seed]["bytes"] for seed in seeds),
-                "megabytes_to_reach": statistics.mean(reached) / 1e6,
+                "reached": len(reached),
+                "megabytes_to_reach": statistics.mean(reached) / 1e6 if reached else math.nan,
                 "verdict": verdict,
             }
         )
@@ -93,8 +95,9 @@ def table(task: Task, rows: list[dict[str, Any]]) -> str:
     lines = [f"| {head} |", "|---" + "|--:" * 5 + "|---|"]
     for row in rows:
         gain = "" if row["member"] == "uncompressed" else with_interval(row["gain"], "+.2f")
-        megabytes = row["megabytes_to_reach"]
-        reached = "not by all seeds" if math.isnan(megabytes) else f"{megabytes:.2f}"
+        reached = f"{row['megabytes_to_reach']:.2f}" if row["reached"] else "not reached"
+        if 0 < row["reached"] < row["seeds"]:
+            reached += f" ({row['reached']} of {row['seeds']} seeds)"
         quality = with_interval(row["quality"], ".2f")
         cells = [row["member"], str(row["seeds"]), quality, gain, f"{row['ratio']:.1f}", reached, row["verdict"]]
         lines.append(f"| {' | '.join(cells)} |")

@@ -81,6 +81,8 @@ RUNS = {
     "worse": {seed: run(88 + seed, 100.0) for seed in range(5)},
     "same": {seed: run(90 + seed + (-1) ** seed * 0.2, 10.0) for seed in range(5)},
     "once": {3: run(93.5, 10.0)},
+    # Its losses are those of the others in the first seed only.
+    "late": {0: run(90, 50.0), 1: {**run(91, 50.0), "curve": [(50.0, 9.0)] * 10}},
 }
 
 
@@ -96,6 +98,7 @@ def test_the_table_says_who_loses(tmp_path: Path) -> None:
         "| same | 5 | 92.04 ± 1.98 | +0.04 ± 0.27 | 100.0 | 0.00 | no difference seen |",
         # Compared with the run of its own seed.
         "| once | 1 | 93.50 | +0.50 | 100.0 | 0.00 | one seed |",
+        "| late | 2 | 90.50 ± 6.35 | +0.00 ± 0.00 | 20.0 | 0.00 (1 of 2 seeds) | too few seeds |",
     ]
     plot(tiny(0), RUNS, rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
