@@ -116,7 +116,7 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(runs: list[dict[str, Any]]) -> str:
-    """Two tables a task, in Markdown, of means and standard deviations over seeds: all without feedback, and feedback."""
+    """Two tables a task, in Markdown: means and deviations over seeds, without feedback and with it."""
     lines = []
     for task in dict.fromkeys(run["task"] for run in runs):
         groups = grouped(runs, task)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import threading
 import warnings
 import weakref
@@ -297,6 +298,8 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             if exchange == UNCOMPRESSED:
                 reason = f'exchange="auto": {decision}'
                 entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
+        # 0 stands for all cores.
+        self._use_threads(hvd.local_size(), tf.config.threading.get_intra_op_parallelism_threads() or sys.maxsize)
         return Plan(self, entries, site.process_set, exchange, backend)
 
     def _agree(self, name: str, compressed: Sequence[Entry], process_set: Any) -> None:
