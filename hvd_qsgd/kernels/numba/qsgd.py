@@ -217,6 +217,11 @@ def encode(x, out, scales, bits, bucket_size, use_l2, stochastic, key_low, key_h
             a, b, c, d = values[:t], values[t:half], values[half : half + t], values[half + t :]
             round_crumbs(a, b, c, d, packed, factor, offset, key_low, key_high, first_word)
             at += t
+        elif common and bits == 8:
+            low, high = out[at : at + half], out[at + half : at + bucket_size]
+            factor = factor_of(scale, levels)
+            round_halves(values[:half], values[half:], low, high, factor, offset, key_low, key_high, first_word)
+            at += bucket_size
         elif bits == 8:
             packed = out[at : at + len(values)]
             bucket_codes(values, scale, packed, levels, stochastic, key_low, key_high, first_word)
