@@ -247,7 +247,7 @@ def is_torch(array: Any) -> bool:
 
 def as_bytes(array: Any) -> Any:
     """The memory of an array of any backend, uint8."""
-    return array.view(_torch().uint8) if is_torch(array) else np.asarray(array).view(np.uint8)
+    return array.view(_torch().uint8 if is_torch(array) else np.uint8)
 
 
 def write_words(message: Any, words: Sequence[int]) -> None:

@@ -94,9 +94,16 @@ class Array:
     def tobytes(self) -> bytes:
         return np.asarray(self).tobytes()
 
+    def tolist(self) -> list[Any]:
+        return np.asarray(self).tolist()
+
     def copy(self) -> np.ndarray:
         """On the host."""
         return np.asarray(self)
+
+    def view(self, dtype: Any) -> Array:
+        """The memory as values of another dtype, by way of the host: for a few words."""
+        return View(self, dtype)
 
     def norm(self) -> float:
         """The Euclidean norm."""
@@ -170,6 +177,18 @@ class Array:
     def __itruediv__(self, other: Any) -> Array:
         self[:] = self / other
         return self
+
+
+class View(Array):
+    """See :meth:`Array.view`."""
+
+    def __init__(self, of: Array, dtype: Any) -> None:
+        super().__init__(np.asarray(of).view(dtype))
+        self._of = of
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self._of[:] = np.asarray(self).view(self._of.dtype)
 
 
 def tensor_of(array: Any) -> tf.Tensor:
