@@ -1,6 +1,6 @@
 """What compression between stages does to training: a ResNet-18 and a transformer in four stages.
 
-    python benchmarks/pipeline_accuracy.py                  # both, 5 seeds: about an hour; goes on where it was
+    python benchmarks/pipeline_accuracy.py                  # both, 5 seeds: an hour or two; goes on where it was
     python benchmarks/pipeline_accuracy.py --minutes 20     # as much as fits, seed by seed
     python benchmarks/pipeline_accuracy.py --quick          # one epoch of some settings, under a minute
     python benchmarks/pipeline_accuracy.py --tasks cifar10 --data cifar-10-batches-py --epochs 100
@@ -165,7 +165,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(7 * len(tasks), 9), squeeze=False)
+    height = 1.5 + 0.22 * max(len(grouped(runs, task)) for task in tasks)
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(7 * len(tasks), height), squeeze=False)
     for axis, task in zip(axes[0], tasks):
         groups = grouped(runs, task)
         for key, colour, shift in (("on", "tab:blue", 0.0), ("off", "tab:orange", 0.25)):
