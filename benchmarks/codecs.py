@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from hvd_qsgd import QSGD, Codec, TopK
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels.threads import use_threads
 
 Timed = dict[str, Callable[[], object]]
 
@@ -71,12 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=float, default=64, help="size of the float32 tensor")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1, help="of the kernels; others have one")
     parser.add_argument("--quick", action="store_true", help="1 MiB, few repeats")
     parser.add_argument("--output", type=Path, default=Path("codecs"), help="of .json and .png, without the ending")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.mib, arguments.repeats = 1, 3
     torch.set_num_threads(1)
+    use_threads(arguments.threads)
     x = np.random.default_rng(0).standard_normal(int(arguments.mib * 2**20 / 4)).astype(np.float32)
     timed = calls(x)
     seconds: dict[str, list[float]] = {name: [] for name in timed}
@@ -87,7 +90,7 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
 
-    table = Table(title=f"{arguments.mib:g} MiB of float32, one thread")
+    table = Table(title=f"{arguments.mib:g} MiB of float32, threads: {arguments.threads}")
     for column in ("what", "ms", "times memcpy"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name, median in medians.items():
