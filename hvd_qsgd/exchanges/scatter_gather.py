@@ -77,8 +77,8 @@ def scatter_gather(job: Job) -> Steps:
             residual += mean
         return size
 
-    reply = job.empty(messages.room(own), "uint8")
-    reply = reply[: messages.write(own, reply, average)]
+    # In the memory of what has been sent by now, of which this rank's shard was a part.
+    reply = message[: messages.write(own, message, average)]
 
     gathered = yield AllGather(f"{job.name}.allgather", reply)
 
