@@ -72,7 +72,10 @@ def test_training_survives_a_lost_worker_and_takes_a_new_one(tmp_path: Path) -> 
     assert process.returncode == 0, log.read_text()[-5000:]
     check_run(tmp_path)
     for path in tmp_path.glob(f"{KEPT}-*.jsonl"):
-        path.write_text(path.read_text().replace('"start": [', '"start": [1'))
+        changed = [json.loads(line) for line in path.read_text().splitlines()]
+        for entry in changed:
+            entry["start"][0] += 1e-3
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in changed))
     with pytest.raises(AssertionError):
         check_loss(tmp_path)
 
