@@ -19,7 +19,6 @@ from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.kernels import kernels_for, kernels_of
-from hvd_qsgd.kernels.numba import reduce
 from hvd_qsgd.kernels.torch.plain import reinterpret
 from hvd_qsgd.pipeline.direction import Direction
 from hvd_qsgd.pipeline.row_store import RowStore
@@ -221,6 +220,9 @@ def as_bytes(values: torch.Tensor) -> torch.Tensor:
 
 def all_finite(values: torch.Tensor) -> bool:
     if values.device.type == "cpu":
+        # Numba is loaded when the first message is made.
+        from hvd_qsgd.kernels.numba import reduce
+
         return reduce.all_finite(values.reshape(-1).numpy())
     return bool(values.isfinite().all())
 
