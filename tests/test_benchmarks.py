@@ -64,6 +64,17 @@ def test_what_pytorch_offers_is_measured_beside(tmp_path: Path) -> None:
 
 
 @EMULATED
+def test_what_is_estimated_and_what_is_measured(tmp_path: Path) -> None:
+    output = tmp_path / "estimate.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "estimate.py"), "--quick", "--output", str(output)]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(output.read_text())
+    assert [row["method"] for row in rows][::2] == ["Horovod, uncompressed", "QSGD, 8 bits", "TopK, 1 %"]
+    assert all(min(row[key] for key in ("measured", "estimated", "nominal")) > 0 for row in rows)
+
+
+@EMULATED
 def test_scaling(tmp_path: Path) -> None:
     found = run("scaling.py", tmp_path / "scaling")
     rows = found["predictions"]
