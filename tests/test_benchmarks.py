@@ -83,14 +83,6 @@ def test_scaling(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["own"] > 0 and row["fitted"] > 0 for row in rows)
 
 
-@EMULATED
-def test_estimate(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "estimate.py"), "--quick", "--output", "estimate.json"]
-    subprocess.run(command, env=environment(), cwd=tmp_path, check=True, capture_output=True, timeout=200)
-    rows = json.loads((tmp_path / "estimate.json").read_text())
-    assert len(rows) == 5 and all(min(row["measured"], row["estimated"], row["nominal"]) > 0 for row in rows)
-
-
 @pytest.mark.parametrize("benchmark", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
 def test_help(benchmark: str) -> None:
     text = (ROOT / "benchmarks" / benchmark).read_text()
