@@ -114,3 +114,14 @@ def test_the_check_can_fail() -> None:
     ):
         with pytest.raises(AssertionError):
             check(Outcome(status, "", reports), 2)
+
+
+def test_horovods_timeline_shows_the_exchanges_of_each_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = tmp_path / "timeline.json"
+    monkeypatch.setenv("HOROVOD_TIMELINE", str(timeline))
+    outcome = launch([str(INNER / "timeline.py")], 2)
+    assert outcome.status == 0, outcome.output
+    # Horovod does not always close the list of events.
+    tracks = re.findall(r'"name": "process_name".*?"args": {"name": "([^"]+)"}', timeline.read_text())
+    ours = {name.rpartition(".")[2] for name in tracks if "hvd_qsgd" in name and "weight" in name}
+    assert {"alltoall", "allgather"} <= ours, tracks
