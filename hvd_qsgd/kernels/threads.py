@@ -38,14 +38,16 @@ def in_parts(length: int, unit: int, call: Callable[[int, int], object]) -> None
     """
     global _pool
     units = -(-length // unit)
-    parts = min(_threads, length // LEAST_ELEMENTS, units)
+    # Read once: another thread may change them.
+    threads, pool = _threads, _pool
+    parts = min(threads, length // LEAST_ELEMENTS, units)
     if parts <= 1:
         call(0, units)
         return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(_threads - 1, "hvd_qsgd kernel")
+    if pool is None:
+        pool = _pool = ThreadPoolExecutor(threads - 1, "hvd_qsgd kernel")
     bounds = [units * part // parts for part in range(parts + 1)]
-    others = [_pool.submit(call, *bounds[part : part + 2]) for part in range(1, parts)]
+    others = [pool.submit(call, *bounds[part : part + 2]) for part in range(1, parts)]
     try:
         call(*bounds[:2])
     finally:

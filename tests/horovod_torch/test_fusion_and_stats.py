@@ -13,6 +13,8 @@ from rank_checks import backward, dyadic, gather, make_gradients, make_optimizer
 from hvd_qsgd import QSGD, TopK
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.torch import CastCompressor, QSGDCompressor, TopKCompressor
+from hvd_qsgd.torch.compressor import IN_FLIGHT
+from hvd_qsgd.torch.flights import ENGINE
 
 RANKS = hvd.size()
 
@@ -68,6 +70,20 @@ def test_a_large_tensor_travels_in_parts(started: list[str], exchange: str) -> N
     if exchange != "scatter_gather":
         # There other ranks own the buckets, and draw other words for the second rounding.
         assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("exchange", QSGD.exchanges)
+def test_few_parts_of_a_tensor_are_under_way_at_once(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way: list[int] = []
+    submit = ENGINE.submit
+
+    def counted(*arguments: Any) -> Any:
+        under_way.append(sum(not task.finished for task in ENGINE._tasks))
+        return submit(*arguments)
+
+    monkeypatch.setattr(ENGINE, "submit", counted)
+    hvd.allreduce(dyadic((100, 101)), name="x", compression=QSGDCompressor(exchange=exchange, fusion_elements=512))
+    assert len(under_way) == 20 and max(under_way) <= IN_FLIGHT
 
 
 def test_selections_are_never_cut(started: list[str]) -> None:
