@@ -29,10 +29,12 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_bytes_in_the_interpreter() -> None:
-    """In a process of its own, because Triton decides when it is imported whether it interprets."""
-    options = ["-q", "-p", "no:cacheprovider", "--color=no", "--confcutdir=tests/triton_interpreter"]
-    done = run("-m", "pytest", *options, "tests/triton_interpreter")
+@pytest.mark.parametrize("target", ["interpreter", "sm_80", "sm_90"])
+def test_bytes_are_those_of_the_specification(target: str, tmp_path: Path) -> None:
+    """Of the source in Triton's interpreter, and of what the compiler makes for GPUs that are not here."""
+    options = ["-q", "-p", "no:cacheprovider", "--color=no", "--confcutdir=tests/triton"]
+    variables = {"KERNELS_RUN_ON": target, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = run("-m", "pytest", *options, "tests/triton", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
 
@@ -42,7 +44,7 @@ def test_kernels_compile_for_every_target_and_keep_the_rules(tmp_path: Path) -> 
     done = run(str(TOOL), "--json", str(output), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads(output.read_text())
-    kernels = {"encode_buckets", "encode_scaled", "bucket_scales", "decode", "to_lanes", "from_lanes"}
+    kernels = {"encode_buckets", "encode_scaled", "bucket_scales", "decode", "decode_buckets", "to_lanes", "from_lanes"}
     kernels |= {"count_digits", "count_chosen", "write_chosen"}
     for target in ("sm_80", "sm_90", "gfx942"):
         assert {report["kernel"] for report in reports if report["target"] == target} == kernels

@@ -34,7 +34,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from hvd_qsgd import QSGD, TopK
 from hvd_qsgd.kernels.triton import qsgd, topk
-from hvd_qsgd.kernels.triton.launch import EXACT, WARPS
+from hvd_qsgd.kernels.triton.launch import EXACT, warps_for
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,13 +50,15 @@ WIDE = {
     "encode_buckets": "load",
     "bucket_scales": "load",
     "decode": "store",
+    "decode_buckets": "store",
     "from_lanes": "store",
     "count_digits": "load",
     "count_chosen": "load",
     "write_chosen": "load",
 }
 AMD_WIDTHS = {"byte": 1, "ubyte": 1, "short": 2, "ushort": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-CODECS = (QSGD(4), QSGD(7), QSGD(8), QSGD(4, norm="l2"))
+#: The last one's buckets are longer than the registers of a program.
+CODECS = (QSGD(4), QSGD(7), QSGD(8), QSGD(4, norm="l2"), QSGD(4, 8192))
 #: Of gradients; the last two for 4 bits only.
 TYPES = {torch.float32: "", torch.float16: " float16", torch.bfloat16: " bfloat16"}
 RANKS = 4
@@ -118,9 +120,14 @@ class Elsewhere:
         return self._target
 
 
+def pretend(name: str) -> None:
+    """Have Triton compile for a target from now on."""
+    triton.runtime.driver.set_active(Elsewhere(TARGETS[name]))
+
+
 def compile_for(name: str, codecs: tuple[QSGD, ...] = CODECS, options: dict[str, Any] = EXACT) -> list[Report]:
     """Reports of all kernels of the codecs, compiled for a target."""
-    triton.runtime.driver.set_active(Elsewhere(TARGETS[name]))
+    pretend(name)
     reports: list[Report] = []
     original = qsgd.launch
     try:
@@ -146,7 +153,7 @@ def record(
     **constants: Any,
 ) -> None:
     """Compile instead of :func:`hvd_qsgd.kernels.triton.launch.launch`."""
-    compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=WARPS, **options, **constants)
+    compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps_for(constants), **options, **constants)
     read = read_nvidia if target.startswith("sm") else read_amd
     reports.append(Report(kernel.fn.__name__, what, target, bytes_per_element=moved, **read(compiled, target)))
 
@@ -163,7 +170,12 @@ def jobs(codec: QSGD, dtype: torch.dtype = torch.float32) -> list[tuple[str, flo
     lanes = torch.zeros(codec.lanes_length(length, RANKS), dtype=torch.int32)
     spans = [(rank * (size + 4), rank * (size + 4) + size) for rank in range(RANKS)]
     code, lane = size / length, 4 * len(lanes) / length
-    name = f"{codec.bits} bits" + (" l2" if codec.norm == "l2" else "") + TYPES[dtype]
+    name = (
+        f"{codec.bits} bits"
+        + (" long" if codec.bucket_size > qsgd.LONGEST else "")
+        + (" l2" if codec.norm == "l2" else "")
+        + TYPES[dtype]
+    )
     found: list[tuple[str, float, Callable[[], object]]] = [
         (f"{name} encode", (2 if codec.norm == "l2" else 1) * value + code, lambda: kernels.encode_into(x, payload))
     ]
@@ -174,7 +186,7 @@ def jobs(codec: QSGD, dtype: torch.dtype = torch.float32) -> list[tuple[str, flo
         (f"{name} decode, add", code + 2 * value, lambda: kernels.decode_into(payload, x, "add")),
         (f"{name} average of {RANKS}", RANKS * code + value, lambda: kernels.average_into(message, spans, x)),
     ]
-    if codec.bits == 4:
+    if codec == QSGD(4):
         found += [
             (f"{name} scales", float(value), lambda: kernels.agree_into(x, scales)),
             (f"{name} to lanes", value + lane, lambda: kernels.to_lanes(x, scales, RANKS, lanes)),

@@ -21,9 +21,14 @@ TINY = tl.constexpr(float(qsgd.TINY))
 LIFT = tl.constexpr(float(1 / qsgd.TINY))
 MULTIPLIER_1 = tl.constexpr(random_words.MULTIPLIER_1)
 MULTIPLIER_2 = tl.constexpr(random_words.MULTIPLIER_2)
-#: Above it float32 has no fractions, so adding it rounds to the nearest whole number, ties to even.
+#: From here to twice as much float32 has no fractions and is counted by its last bits: adding it rounds to the nearest
+#: whole number, ties to even, and putting a whole number into its bits adds that number.
 WHOLE = tl.constexpr(float(2**23))
+WHOLE_BITS = tl.constexpr(0x4B000000)
 WHOLE_MASK = tl.constexpr(2**23 - 1)
+#: In the middle of that range, for numbers of both signs, below 2^22 in magnitude.
+MIDDLE = tl.constexpr(float(2**23 + 2**22))
+MIDDLE_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -55,14 +60,17 @@ def factors(scales, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def round_up(values, fractions, lift, factor, usable, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Levels plus s, int32 in 0..2s."""
+def round_up(values, fractions, lift, factor, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Levels plus s, int32 in 0..2s; anything where the scale is not usable."""
+    LEVELS: tl.constexpr = 2 ** (BITS - 1) - 1
     scaled = values * lift * factor
-    # rint(|scaled|) stands in the mantissa of the sum: |scaled| is at most s * 2^16, below 2^23.
-    whole = bits_of(tl.abs(scaled) + WHOLE) & WHOLE_MASK
-    fixed = tl.where(scaled < 0, -whole, whole)
-    code = (fixed + fractions + (LEVELS * UNITY)) >> FRACTION_BITS
-    return tl.where(usable, code, LEVELS)
+    if BITS < 8:
+        # |scaled| is at most s * 2^16, below 2^22.
+        return (bits_of(scaled + MIDDLE) + (fractions + (LEVELS * UNITY - MIDDLE_BITS))) >> FRACTION_BITS
+    else:
+        whole = bits_of(tl.abs(scaled) + WHOLE) & WHOLE_MASK
+        fixed = tl.where(scaled < 0, -whole, whole)
+        return (fixed + fractions + LEVELS * UNITY) >> FRACTION_BITS
 
 
 @triton.jit
@@ -78,7 +86,7 @@ def levels_at(  # type: ignore[no-untyped-def]
     lift,
     factor,
     usable,
-    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
     """Elements ``index`` of buckets ``rows``, which begin at ``source``, as levels plus s; see ``QSGD._fractions``."""
@@ -92,13 +100,19 @@ def levels_at(  # type: ignore[no-untyped-def]
         fractions = tl.where(late, word >> 16, word & 0xFFFF).to(tl.int32)
     else:
         fractions = tl.full(index.shape, UNITY // 2, tl.int32)
-    return round_up(values, fractions, lift, factor, usable, LEVELS)
+    return tl.where(usable, round_up(values, fractions, lift, factor, BITS), 2 ** (BITS - 1) - 1)
+
+
+@triton.jit
+def levels_of(codes, largest):  # type: ignore[no-untyped-def]
+    """float32 of ``codes - largest``; codes are below 2^23, and ``largest`` is a constant or a float32."""
+    return (codes | WHOLE_BITS).to(tl.float32, bitcast=True) - (largest + WHOLE)
 
 
 @triton.jit
 def dequantize(levels, scales, unit):  # type: ignore[no-untyped-def]
-    """:func:`hvd_qsgd.codecs.qsgd.dequantize` of bit patterns of scales; ``unit`` is 1 / largest."""
-    return scales.to(tl.float32, bitcast=True) * (levels.to(tl.float32) * unit)
+    """:func:`hvd_qsgd.codecs.qsgd.dequantize` of float32 levels and bit patterns of scales; ``unit`` is 1 / largest."""
+    return scales.to(tl.float32, bitcast=True) * (levels * unit)
 
 
 @triton.jit

@@ -76,28 +76,44 @@ def encode_buckets(  # type: ignore[no-untyped-def]
         else:
             low = tl.full([ROWS, COLUMNS], HALF, tl.int32)
             high = low
-        early = early + (round_up(values[part], low, lift, factor, usable, LEVELS),)  # type: ignore[assignment]
-        late = late + (round_up(values[part + 4], high, lift, factor, usable, LEVELS),)  # type: ignore[assignment]
+        early = early + (round_up(values[part], low, lift, factor, BITS),)  # type: ignore[assignment]
+        late = late + (round_up(values[part + 4], high, lift, factor, BITS),)  # type: ignore[assignment]
 
     target = bytes_after(codes_out + rows.to(tl.int64)[:, None] * (PART * BITS), columns, ALIGNED)
     if BITS & 8:
-        store_plane(early + late, target, inside, 8, 0, PART)
+        store_plane(early + late, usable, target, inside, 8, 0, BITS, PART)
     if BITS & 4:
-        store_plane(early + late, target, inside, 4, BITS & 8, PART)
+        store_plane(early + late, usable, target, inside, 4, BITS & 8, BITS, PART)
     if BITS & 2:
-        store_plane(early + late, target, inside, 2, BITS & 12, PART)
+        store_plane(early + late, usable, target, inside, 2, BITS & 12, BITS, PART)
     if BITS & 1:
-        store_plane(early + late, target, inside, 1, BITS & 14, PART)
+        store_plane(early + late, usable, target, inside, 1, BITS & 14, BITS, PART)
 
 
 @triton.jit
-def store_plane(codes, target, inside, WIDTH: tl.constexpr, WIDER: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One plane of eight parts of codes. ``WIDER`` bits of each code are in the planes before it."""
+def store_plane(  # type: ignore[no-untyped-def]
+    codes, usable, target, inside, WIDTH: tl.constexpr, WIDER: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr
+):
+    """One plane of eight parts of codes; of level 0 where the scale is not ``usable``.
+
+    ``WIDER`` bits of each code are in the planes before it.
+    """
+    # Each field of a byte, of level 0.
+    ZEROS: tl.constexpr = (((2 ** (BITS - 1) - 1) >> WIDER) & (2**WIDTH - 1)) * (255 // (2**WIDTH - 1))
     for part in tl.static_range(WIDTH):
-        byte = (codes[part] >> WIDER) & ((1 << WIDTH) - 1)
+        byte = field(codes[part], WIDTH, WIDER, BITS)
         for slot in tl.static_range(1, 8 // WIDTH):
-            byte |= ((codes[part + slot * WIDTH] >> WIDER) & ((1 << WIDTH) - 1)) << (slot * WIDTH)
-        tl.store(target + (WIDER + part) * PART, byte.to(tl.uint8), mask=inside)
+            byte |= field(codes[part + slot * WIDTH], WIDTH, WIDER, BITS) << (slot * WIDTH)
+        tl.store(target + (WIDER + part) * PART, tl.where(usable, byte, ZEROS).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def field(codes, WIDTH: tl.constexpr, WIDER: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``WIDTH`` bits of each code; nothing stands above the last ones."""
+    shifted = codes >> WIDER
+    if WIDER + WIDTH < BITS:
+        shifted &= (1 << WIDTH) - 1
+    return shifted
 
 
 @triton.jit(do_not_specialize=["tail", "buckets"])
@@ -179,10 +195,10 @@ def encode_scaled(  # type: ignore[no-untyped-def]
                     lift,
                     factor,
                     usable,
-                    LEVELS,
+                    BITS,
                     STOCHASTIC,
                 )
-                field = (code >> (BITS & (16 - (16 >> power)))) & ((1 << (8 >> power)) - 1)
-                bytes_ |= tl.where(present, field << (slot * (8 >> power)), 0)
+                part = (code >> (BITS & (16 - (16 >> power)))) & ((1 << (8 >> power)) - 1)
+                bytes_ |= tl.where(present, part << (slot * (8 >> power)), 0)
             tl.store(bytes_after(target, columns, ALIGNED), bytes_.to(tl.uint8), mask=inside)
             target += stride

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hvd_qsgd.kernels.triton.arithmetic import dequantize, factors, levels_at, load_scales, store_values
+from hvd_qsgd.kernels.triton.arithmetic import dequantize, factors, levels_at, levels_of, load_scales, store_values
 
 
 @triton.jit(do_not_specialize=["tail", "buckets", "first_word", "key_low", "key_high"])
@@ -52,7 +52,7 @@ def to_lanes(  # type: ignore[no-untyped-def]
             lift,
             factor,
             usable,
-            LEVELS,
+            BITS,
             STOCHASTIC,
         )
         sums += tl.where(present, code - LEVELS, 0) << (lane * LANE)
@@ -86,6 +86,7 @@ def from_lanes(  # type: ignore[no-untyped-def]
     digits = ((words + offset).to(tl.uint32, bitcast=True) >> (index // stride * LANE).to(tl.uint32)) & (
         (1 << LANE) - 1
     )
-    levels = digits.to(tl.int32, bitcast=True) - largest
+    digits = digits.to(tl.int32, bitcast=True)
+    levels = levels_of(digits, largest.to(tl.float32)) if LANE < 23 else (digits - largest).to(tl.float32)
     values = dequantize(levels, load_scales(agreed, rows, within, True)[:, None], unit)
     store_values(out + rows.to(tl.int64)[:, None] * length + index, values, inside)

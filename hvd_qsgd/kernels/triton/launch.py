@@ -26,7 +26,17 @@ def launch(
     """
     device = tensors[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*tensors, *numbers, **constants, num_warps=WARPS, **EXACT)
+        kernel[grid](*tensors, *numbers, **constants, num_warps=warps_for(constants), **EXACT)
+
+
+def warps_for(constants: dict[str, Any]) -> int:
+    """How many warps have something to do in a tile.
+
+    Where there are more threads than elements, Triton has several threads read each of them, and one write it: in
+    several warps, one could read what another has already overwritten.
+    """
+    elements = constants.get("ROWS", 1) * constants.get("COLUMNS", THREADS)
+    return int(min(max(elements // 32, 1), WARPS))
 
 
 def tile(rows: int, columns: int, width: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from hvd_qsgd.codecs.base import mode_number
 from hvd_qsgd.codecs.bits import plane_widths, planes_size
 from hvd_qsgd.kernels.torch.qsgd import QSGDKernels as TorchKernels
 from hvd_qsgd.kernels.torch.qsgd import signed, unit
-from hvd_qsgd.kernels.triton.decode import decode
+from hvd_qsgd.kernels.triton.decode import decode, decode_buckets
 from hvd_qsgd.kernels.triton.encode import bucket_scales, encode_buckets, encode_scaled
 from hvd_qsgd.kernels.triton.lanes import from_lanes, to_lanes
 from hvd_qsgd.kernels.triton.launch import blocks, launch, tile
@@ -60,10 +60,8 @@ class QSGDKernels(TorchKernels):
             constants = {"BITS": codec.bits, "STOCHASTIC": codec.rounding == "stochastic"}
             constants["ALIGNED"] = self._aligned(group, scales, codes)
             if group.constant and codec.norm == "max" and codec.bucket_size <= LONGEST:
-                rows, columns = tile(group.count, codec.bucket_size // 8, x.element_size())
-                shape = {"ROWS": rows, "COLUMNS": columns, "BUCKET": codec.bucket_size}
-                tensors, programs = (part, scales, codes), (blocks(group.count, rows),)
-                launch(encode_buckets, programs, tensors, group.count, *draw, **constants, **shape)
+                programs, shape = self._whole(group, x)
+                launch(encode_buckets, programs, (part, scales, codes), group.count, *draw, **constants, **shape)
             else:
                 self._scales(part, scales, group)
                 grid, shape = group.grid(planes_size(group.length, plane_widths(codec.bits)[0]))
@@ -124,6 +122,11 @@ class QSGDKernels(TorchKernels):
         if tail:
             yield Group(full, 1, tail, 0, tail)
 
+    def _whole(self, group: Group, x: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
+        """A tile of which each element stands for eight of a bucket, and the programs that it takes."""
+        rows, columns = tile(group.count, self.codec.bucket_size // 8, x.element_size())
+        return (blocks(group.count, rows),), {"ROWS": rows, "COLUMNS": columns, "BUCKET": self.codec.bucket_size}
+
     def _part(self, group: Group, x: torch.Tensor) -> torch.Tensor:
         return x[group.first * self.codec.bucket_size :]
 
@@ -140,15 +143,18 @@ class QSGDKernels(TorchKernels):
     def _decode(self, payload: torch.Tensor, out: torch.Tensor, ranks: int, step: int, mode: str) -> None:
         codec = self.codec
         for group in self._groups(len(out)):
-            grid, shape = group.grid(group.length, out.element_size())
             tensors = (payload[4 * group.first :], payload[self._codes_at(group, len(out)) :], self._part(group, out))
-            numbers = (group.count, group.tail, ranks, step, unit(codec.levels), float(ranks))
-            constants = {
-                "ALIGNED": self._aligned(group, *tensors[:2], step),
-                "LENGTH": group.constant,
-                "BITS": codec.bits,
-            }
-            launch(decode, grid, tensors, *numbers, MODE=mode, **constants, **shape)
+            halves = ranks & (ranks - 1) == 0
+            numbers = (ranks, step, unit(codec.levels), 1 / ranks if halves else float(ranks))
+            constants = {"ALIGNED": self._aligned(group, *tensors[:2], step), "BITS": codec.bits, "MODE": mode}
+            constants["HALVES"] = halves
+            if group.constant and codec.bucket_size <= LONGEST:
+                programs, shape = self._whole(group, out)
+                launch(decode_buckets, programs, tensors, group.count, *numbers, **constants, **shape)
+            else:
+                grid, shape = group.grid(group.length, out.element_size())
+                lengths = (group.count, group.tail)
+                launch(decode, grid, tensors, *lengths, *numbers, LENGTH=group.constant, **constants, **shape)
 
     def _aligned(self, group: Group, scales: torch.Tensor, codes: torch.Tensor, step: int = 0) -> bool:
         """Whether every plane of the buckets, and those ``step`` bytes after, begins at a multiple of 4 bytes."""
