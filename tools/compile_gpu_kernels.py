@@ -4,18 +4,21 @@
     python tools/compile_gpu_kernels.py --targets sm_90 --json kernels.json
 
 The kernels are those that the package would launch: the launches are recorded and compiled for
-another device. Prints registers, spills, shared memory, the widest loads and stores, and the time
-that moving the bytes of 2^24 values (64 MiB of float32) takes at the memory's bandwidth. Fails if a kernel spills,
-if a load or store that should have 16 bytes has fewer, or if something would change bits: a fused
-multiply-add, flushed subnormals, an approximate division or square root.
+another device. Prints registers, spills, shared memory, the widest loads and stores, and for 2^24 values (64 MiB of
+float32) the time that moving the bytes takes at the memory's bandwidth; for NVIDIA's also the time that the
+instructions take, and the share of the memory's sectors that is used, for which ``ptx_machine.py`` plays them. Fails if
+a kernel spills, if a load or store that should have 16 bytes has fewer, if memory is moved for nothing, or if
+something would change bits: a fused multiply-add, flushed subnormals, an approximate division or square root.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ptx_machine
 import torch
 import triton
 from rich.console import Console
@@ -44,6 +48,23 @@ TARGETS = {
 #: Bytes per second of device memory, by the vendors' data sheets: A100 80 GB SXM, H100 SXM, MI300X.
 BANDWIDTH = {"sm_80": 2.04e12, "sm_90": 3.35e12, "gfx942": 5.3e12}
 MIB = 64
+#: Multiprocessors and their cycles per second, from the data sheets' peak rates of float32: A100 and H100 SXM.
+CORES = {"sm_80": (108, 19.5e12 / (108 * 64 * 2)), "sm_90": (132, 67e12 / (132 * 128 * 2))}
+#: Threads a cycle that a multiprocessor serves, by the table of throughputs in NVIDIA's CUDA C++ Programming Guide.
+ISSUED = 128
+PIPES = {
+    "float": ({"FADD", "FMUL", "FFMA"}, {"sm_80": 64, "sm_90": 128}),
+    "product": ({"IMAD"}, {"sm_80": 64, "sm_90": 64}),
+    "double": ({"DADD", "DMUL", "DFMA"}, {"sm_80": 32, "sm_90": 64}),
+    "special": ({"MUFU", "POPC", "F2F", "F2I", "I2F"}, {"sm_80": 16, "sm_90": 16}),
+    "memory": (
+        {"LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL", "ATOMG", "ATOMS", "RED"},
+        {"sm_80": 32, "sm_90": 32},
+    ),
+    "integer": (set(), {"sm_80": 64, "sm_90": 64}),
+}
+#: What goes another way than through the pipe of integers, and is told by its name; uniform ones begin with U.
+CONTROL = {"BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "BAR", "NOP", "WARPSYNC", "LDC", "S2R", "CS2R", "MOV"}
 #: What each thread must move 16 bytes at a time, because most bytes are there: not what stands at odd addresses
 #: (lanes, a tail) nor what the order of sums scatters (L2 norms).
 WIDE = {
@@ -80,9 +101,14 @@ class Report:
     flushing: int
     approximate: int
     bytes_per_element: float
+    #: By each thread, over the values that are its share; None where they stand in a loop, or are AMD's.
+    instructions: float | None = None
+    instructions_ms: float | None = None
+    #: Of the sectors of 32 bytes that each program touches, the bytes that it touches.
+    sectors_used: float | None = None
 
     @property
-    def roofline_ms(self) -> float:
+    def bytes_ms(self) -> float:
         return self.bytes_per_element * MIB * 2**18 / BANDWIDTH[self.target] * 1e3
 
     def faults(self) -> list[str]:
@@ -94,6 +120,8 @@ class Report:
         # A wavefront of AMD has twice the threads, and each half of the work.
         if width < (8 if self.target.startswith("gfx") else 16):
             found.append(f"{wide}s at most {width} bytes")
+        if wide and self.sectors_used is not None and self.sectors_used < 0.8:
+            found.append(f"uses {self.sectors_used:.0%} of the memory that it moves")
         for count, name in (
             (self.fused, "fused multiply-adds"),
             (self.flushing, "instructions that flush subnormals"),
@@ -132,19 +160,28 @@ def compile_for(name: str, codecs: tuple[QSGD, ...] = CODECS, options: dict[str,
     original = qsgd.launch
     try:
         kinds = [(codec, dtype) for codec in codecs for dtype in TYPES if dtype == torch.float32 or codec == QSGD(4)]
-        for what, moved, work in [job for kind in kinds for job in jobs(*kind)] + topk_jobs():
-            qsgd.launch = topk.launch = functools.partial(record, reports, name, what, moved, options)
-            work()
+        for job in [job for kind in kinds for job in jobs(*kind)] + topk_jobs():
+            qsgd.launch = topk.launch = functools.partial(record, reports, name, job, options)
+            job.work()
     finally:
         qsgd.launch = topk.launch = original
     return reports
 
 
+@dataclass
+class Job:
+    """Something that kernels do with ``length`` values: a name, the bytes that it moves for each, and a call."""
+
+    what: str
+    length: int
+    moved: float
+    work: Callable[[], object]
+
+
 def record(
     reports: list[Report],
     target: str,
-    what: str,
-    moved: float,
+    job: Job,
     options: dict[str, Any],
     kernel: Any,
     grid: tuple[int, ...],
@@ -153,13 +190,19 @@ def record(
     **constants: Any,
 ) -> None:
     """Compile instead of :func:`hvd_qsgd.kernels.triton.launch.launch`."""
-    compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps_for(constants), **options, **constants)
-    read = read_nvidia if target.startswith("sm") else read_amd
-    reports.append(Report(kernel.fn.__name__, what, target, bytes_per_element=moved, **read(compiled, target)))
+    warps = warps_for(constants)
+    compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps, **options, **constants)
+    if target.startswith("sm"):
+        read = read_nvidia(compiled, target, math.prod(grid) * 32 * warps / job.length)
+        if options == EXACT:
+            read["sectors_used"] = ptx_machine.launch(kernel, grid, tensors, *numbers, **constants).used()
+    else:
+        read = read_amd(compiled)
+    reports.append(Report(kernel.fn.__name__, job.what, target, bytes_per_element=job.moved, **read))
 
 
-def jobs(codec: QSGD, dtype: torch.dtype = torch.float32) -> list[tuple[str, float, Callable[[], object]]]:
-    """What the kernels of a codec do: name, bytes moved per element, and a call."""
+def jobs(codec: QSGD, dtype: torch.dtype = torch.float32) -> list[Job]:
+    """What the kernels of a codec do."""
     length = 64 * codec.bucket_size
     kernels = qsgd.QSGDKernels(codec)
     x, size, value = torch.zeros(length, dtype=dtype), codec.payload_size(length), dtype.itemsize
@@ -176,36 +219,43 @@ def jobs(codec: QSGD, dtype: torch.dtype = torch.float32) -> list[tuple[str, flo
         + (" l2" if codec.norm == "l2" else "")
         + TYPES[dtype]
     )
-    found: list[tuple[str, float, Callable[[], object]]] = [
-        (f"{name} encode", (2 if codec.norm == "l2" else 1) * value + code, lambda: kernels.encode_into(x, payload))
+    found = [
+        Job(
+            f"{name} encode",
+            length,
+            (2 if codec.norm == "l2" else 1) * value + code,
+            lambda: kernels.encode_into(x, payload),
+        )
     ]
     if codec.norm == "l2":
         return found
     found += [
-        (f"{name} decode", code + value, lambda: kernels.decode_into(payload, x)),
-        (f"{name} decode, add", code + 2 * value, lambda: kernels.decode_into(payload, x, "add")),
-        (f"{name} average of {RANKS}", RANKS * code + value, lambda: kernels.average_into(message, spans, x)),
+        Job(f"{name} decode", length, code + value, lambda: kernels.decode_into(payload, x)),
+        Job(f"{name} decode, add", length, code + 2 * value, lambda: kernels.decode_into(payload, x, "add")),
+        Job(
+            f"{name} average of {RANKS}", length, RANKS * code + value, lambda: kernels.average_into(message, spans, x)
+        ),
     ]
     if codec == QSGD(4):
         found += [
-            (f"{name} scales", float(value), lambda: kernels.agree_into(x, scales)),
-            (f"{name} to lanes", value + lane, lambda: kernels.to_lanes(x, scales, RANKS, lanes)),
-            (f"{name} from lanes", lane + value, lambda: kernels.from_lanes(lanes, scales, RANKS, x, RANKS)),
+            Job(f"{name} scales", length, float(value), lambda: kernels.agree_into(x, scales)),
+            Job(f"{name} to lanes", length, value + lane, lambda: kernels.to_lanes(x, scales, RANKS, lanes)),
+            Job(f"{name} from lanes", length, lane + value, lambda: kernels.from_lanes(lanes, scales, RANKS, x, RANKS)),
             # A tail only: the kernel for buckets of any length.
-            (f"{name} tail", 2 * value + code, lambda: kernels.encode_into(x[:300], payload)),
+            Job(f"{name} tail", 300, 2 * value + code, lambda: kernels.encode_into(x[:300], payload)),
         ]
     return found
 
 
-def topk_jobs() -> list[tuple[str, float, Callable[[], object]]]:
+def topk_jobs() -> list[Job]:
     """The same for selecting the largest, which reads everything once for each of three digits and twice more."""
     magnitudes = torch.zeros(2**15, dtype=torch.int32)
     kernels = topk.TopKKernels(TopK())
-    return [("topk", 4.0, lambda: kernels.largest_positions(magnitudes, 300))]
+    return [Job("topk", len(magnitudes), 4.0, lambda: kernels.largest_positions(magnitudes, 300))]
 
 
-def read_nvidia(compiled: Any, target: str) -> dict[str, int]:
-    """Of the PTX, and of what ptxas says of it."""
+def read_nvidia(compiled: Any, target: str, threads: float) -> dict[str, Any]:
+    """Of the PTX, of what ptxas says of it, and of what it makes; ``threads`` is their number for each value."""
     text = compiled.asm["ptx"]
     ptxas = get_ptxas(TARGETS[target].arch).path
     with tempfile.TemporaryDirectory() as folder:
@@ -214,9 +264,12 @@ def read_nvidia(compiled: Any, target: str) -> dict[str, int]:
         architecture = re.search(r"\.target (sm_\w+)", text)[1]  # type: ignore[index]
         command = [ptxas, "-v", "--fmad=false", f"--gpu-name={architecture}", str(source), "-o", f"{source}.cubin"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        disassembler = [str(Path(ptxas).with_name("nvdisasm")), "-c", f"{source}.cubin"]
+        machine_code = subprocess.run(disassembler, capture_output=True, text=True, check=True).stdout
     said = done.stderr
+    names = straight_line(machine_code)
     return {
         "registers": number(r"Used (\d+) registers", said),
         "spilled_bytes": number(r"(\d+) bytes spill stores", said) + number(r"(\d+) bytes spill loads", said),
@@ -226,10 +279,36 @@ def read_nvidia(compiled: Any, target: str) -> dict[str, int]:
         "fused": len(re.findall(r"\sfma\.", text)),
         "flushing": len(re.findall(r"\.ftz\b", text)),
         "approximate": len(re.findall(r"\.(?:approx|full)\b", text)),
+        "instructions": len(names) * threads if names else None,
+        "instructions_ms": instructions_ms(names, target) * threads if names else None,
     }
 
 
-def read_amd(compiled: Any, target: str) -> dict[str, int]:
+def straight_line(machine_code: str) -> list[str]:
+    """Names of the instructions up to the end, without the ways aside of divisions; none if there is a loop."""
+    names = []
+    for address, guard, name, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z]\w*)(.*)", machine_code):
+        names.append(name)
+        back = re.search(r"`\(\.L_x_(\d+)\)", rest) if name == "BRA" else None
+        if back and machine_code.index(f".L_x_{back[1]}:") < machine_code.index(f"/*{address}*/"):
+            return []
+        if name == "EXIT" and not guard:
+            break
+    return names
+
+
+def instructions_ms(names: list[str], target: str) -> float:
+    """The least time of as many threads as there are values: of the pipe that is busy the longest."""
+    cores, rate = CORES[target]
+    cycles = {"issue": len(names) / ISSUED}
+    left = collections.Counter(name for name in names if name not in CONTROL and not name.startswith("U"))
+    for pipe, (members, served) in PIPES.items():
+        mine = [name for name in left if name in members or not members]
+        cycles[pipe] = sum(left.pop(name) for name in mine) / served[target]
+    return max(cycles.values()) * MIB * 2**18 / (cores * rate) * 1e3
+
+
+def read_amd(compiled: Any) -> dict[str, Any]:
     """Of the assembly; an exact division is made of five fused operations and a fix-up."""
     text = compiled.asm["amdgcn"]
     loads, stores = (
@@ -260,6 +339,10 @@ def widest(pattern: str, text: str) -> int:
     return max((int(count or 1) * int(bits) // 8 for count, bits in re.findall(pattern, text)), default=0)
 
 
+def shown(number: float | None, form: str) -> str:
+    return "" if number is None else format(number, form)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -268,16 +351,19 @@ def main() -> None:
     reports = [report for target in arguments.targets for report in compile_for(target)]
     table = Table(title=f"Triton {triton.__version__}")
     columns = ("target", "kernel", "for", "registers", "spills", "shared", "load", "store", "bytes/element", "ms")
+    columns += ("used", "instructions/element", "ms")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for r in reports:
         numbers = (r.registers, r.spilled_bytes, r.shared_bytes, r.widest_load, r.widest_store)
-        roofline = (f"{r.bytes_per_element:.2f}", f"{r.roofline_ms:.3f}")
-        table.add_row(r.target, r.kernel, r.what, *map(str, numbers), *roofline)
-    Console(width=130).print(table)
-    print(f"ms: the least time for {MIB * 2**18} values ({MIB} MiB of float32), at the memory's bandwidth")
+        memory = (f"{r.bytes_per_element:.2f}", f"{r.bytes_ms:.3f}", shown(r.sectors_used, ".0%"))
+        work = (shown(r.instructions, ".1f"), shown(r.instructions_ms, ".3f"))
+        table.add_row(r.target, r.kernel, r.what, *map(str, numbers), *memory, *work)
+    Console(width=160).print(table)
+    print(f"ms: the least time for {MIB * 2**18} values ({MIB} MiB of float32), at the memory's bandwidth, and of")
+    print("the instructions where they hold no loop. used: of the memory's sectors that are moved")
     if arguments.json:
-        rows = [{**dataclasses.asdict(r), "roofline_ms": r.roofline_ms, "faults": r.faults()} for r in reports]
+        rows = [{**dataclasses.asdict(r), "bytes_ms": r.bytes_ms, "faults": r.faults()} for r in reports]
         arguments.json.write_text(json.dumps(rows, indent=1))
     faults = [f"{r.target} {r.kernel} ({r.what}): {fault}" for r in reports for fault in r.faults()]
     if faults:

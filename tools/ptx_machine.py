@@ -15,11 +15,10 @@ Registers hold noise until they are written. A float that is not a number is the
 
 from __future__ import annotations
 
-import collections
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -192,28 +191,35 @@ class Who:
         return Who(self.thread // WARP, self.program, self.time)
 
 
-@dataclass
-class Counts:
-    """What the threads did: instructions by name, counted once a warp, and the memory's sectors of 32 bytes."""
+class Traffic:
+    """What loads, stores and atomic operations of each program touched in global memory."""
 
-    instructions: collections.Counter[str] = field(default_factory=collections.Counter)
-    #: Bytes that threads asked for, and those of the sectors that each access of a warp touched.
-    asked: collections.Counter[str] = field(default_factory=collections.Counter)
-    moved: collections.Counter[str] = field(default_factory=collections.Counter)
+    def __init__(self) -> None:
+        self._touched: list[tuple[np.ndarray, int]] = []
+
+    def note(self, programs: np.ndarray, addresses: np.ndarray, width: int) -> None:
+        self._touched.append((programs.astype(np.int64) << 48 | addresses, width))
+
+    def used(self) -> float:
+        """Of the sectors of 32 bytes that each program touched, the bytes that it touched."""
+        bytes_ = np.unique(
+            np.concatenate([(keys[:, None] + np.arange(width)).ravel() for keys, width in self._touched])
+        )
+        return len(bytes_) / (SECTOR * len(np.unique(bytes_ // SECTOR)))
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *numbers: Any, **constants: Any
-) -> None:
+) -> Traffic:
     """For :func:`hvd_qsgd.kernels.triton.launch.launch`: compile for the GPU that Triton believes in, and play it."""
     compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps_for(constants), **EXACT, **constants)
     # What Triton takes for constant, such as a number that is 1, is not handed over.
     given = zip(kernel.arg_names, (*tensors, *numbers))
     arguments = [value for name, value in given if compiled.src.signature[name] != "constexpr"]
-    run(compiled.asm["ptx"], grid, arguments, compiled.metadata.shared)
+    return run(compiled.asm["ptx"], grid, arguments, compiled.metadata.shared)
 
 
-def run(text: str, grid: tuple[int, ...], arguments: list[torch.Tensor | int | float], shared: int) -> Counts:
+def run(text: str, grid: tuple[int, ...], arguments: list[torch.Tensor | int | float], shared: int) -> Traffic:
     """Run a kernel over a grid of programs on tensors of the CPU.
 
     ``arguments`` are those of the PTX, in order; scratch memory that the kernel may ask for is not there. ``shared``
@@ -229,10 +235,10 @@ def run(text: str, grid: tuple[int, ...], arguments: list[torch.Tensor | int | f
     sizes = (*grid, 1, 1)[:3]
     programs = np.arange(int(np.prod(sizes)))
     step = max(AT_A_TIME // program.threads, 1)
-    counts = Counts()
+    traffic = Traffic()
     for start in range(0, len(programs), step):
-        Machine(program, programs[start : start + step], sizes, values, memories, shared, counts).run()
-    return counts
+        Machine(program, programs[start : start + step], sizes, values, memories, shared, traffic).run()
+    return traffic
 
 
 def memories_of(tensors: list[torch.Tensor]) -> list[Memory]:
@@ -269,9 +275,9 @@ class Machine:
         values: list[int],
         memories: list[Memory],
         shared: int,
-        counts: Counts,
+        traffic: Traffic,
     ) -> None:
-        self.program, self.memories, self.counts = program, memories, counts
+        self.program, self.memories, self.traffic = program, memories, traffic
         size = program.threads
         number = len(programs) * size
         self.values = dict(zip((name for name, _ in program.parameters), values))
@@ -325,10 +331,7 @@ class Machine:
             self.active = self.active[chosen]
             if not len(self.active):
                 return
-        name = instruction.name
-        warps = len(np.unique(self.thread[self.active] // WARP))
-        self.counts.instructions[name[0]] += warps
-        operation = OPERATIONS.get(name[0])
+        operation = OPERATIONS.get(instruction.name[0])
         if operation is None:
             raise FaultError(f"not known here: {instruction.text}")
         try:
@@ -394,7 +397,7 @@ class Machine:
                 raise FaultError(f"outside of shared memory: {text}")
             found = [(self.shared, everyone, addresses + self.slot[self.active] * self.shared_size)]
         else:
-            self._count(text.split(".")[0].split()[-1], addresses, width)
+            self.traffic.note(self.place[self.active], addresses, width)
             held = [(memory, memory.holds(addresses, width)) for memory in self.memories]
             if not np.logical_or.reduce([inside for _, inside in held], initial=False).all():
                 raise FaultError(f"outside of what the kernel was given: {text}")
@@ -404,14 +407,6 @@ class Machine:
     def who(self, inside: np.ndarray) -> Who:
         threads = self.active[inside]
         return Who(self.thread[threads], self.place[threads], self.time[threads])
-
-    def _count(self, what: str, addresses: np.ndarray, width: int) -> None:
-        warps = self.thread[self.active] // WARP
-        sectors = np.unique(
-            np.stack([np.repeat(warps, 2), np.ravel([addresses, addresses + width - 1], "F") // SECTOR]), axis=1
-        )
-        self.counts.asked[what] += len(addresses) * width
-        self.counts.moved[what] += sectors.shape[1] * SECTOR
 
     # -- warps ------------------------------------------------------------------------------------
 
