@@ -7,8 +7,9 @@ The kernels are those that the package would launch: the launches are recorded a
 another device. Prints registers, spills, shared memory, the widest loads and stores, and for 2^24 values (64 MiB of
 float32) the time that moving the bytes takes at the memory's bandwidth; for NVIDIA's also the time that the
 instructions take, and the share of the memory's sectors that is used, for which ``ptx_machine.py`` plays them. Fails if
-a kernel spills, if a load or store that should have 16 bytes has fewer, if memory is moved for nothing, or if
-something would change bits: a fused multiply-add, flushed subnormals, an approximate division or square root.
+a kernel spills, computes for far longer than it moves bytes, moves memory for nothing, or fewer than 16 bytes at a time
+where most are; or if something would change bits: a fused multiply-add, flushed subnormals, an approximate division or
+square root.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ class Report:
             found.append(f"{wide}s at most {width} bytes")
         if wide and self.sectors_used is not None and self.sectors_used < 0.8:
             found.append(f"uses {self.sectors_used:.0%} of the memory that it moves")
+        if wide and self.instructions_ms is not None and self.instructions_ms > 1.5 * self.bytes_ms:
+            found.append(f"computes for {self.instructions_ms:.3f} ms, and moves bytes for {self.bytes_ms:.3f} ms")
         for count, name in (
             (self.fused, "fused multiply-adds"),
             (self.flushing, "instructions that flush subnormals"),
