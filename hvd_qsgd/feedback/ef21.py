@@ -31,6 +31,7 @@ class EF21(Feedback):
     """
 
     name: ClassVar[str] = "ef21"
+    linked: ClassVar[bool] = True
 
     def start(self) -> None:
         self.own = Store()
@@ -62,7 +63,7 @@ class EF21(Feedback):
         return {**means, **{f"own/{path.removeprefix('mean/')}": array + 0 for path, array in means.items()}}
 
     def check(self, average: Callable[[str, Any], Any]) -> None:
-        for name in self.own.names():
+        for name in sorted(self.own.names()):
             estimate, averaged = self.mean.get(name), average(name, self.own.get(name))
             error, largest = float(abs(estimate - averaged).max()), float(abs(averaged).max())
             if not error <= TOLERANCE * largest:

@@ -115,6 +115,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             kernels_for(codec, kernels)
         self.codec = codec
         self.kernels = kernels
+
+    def _begin(self) -> None:
+        super()._begin()
         self._names = VariableNames()
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0

@@ -21,7 +21,7 @@ from hvd_qsgd.codecs import Codec
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
-from hvd_qsgd.errors import ConfigError, UnsupportedError
+from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.observe.probe import Probe
@@ -81,8 +81,6 @@ class OptimizerState:
     codecs: dict[str, Codec] = field(default_factory=dict)
     #: Compares the settings of all ranks; None once they were found equal.
     agreement: Agreement | None = None
-    #: Whether gradients came since the last synchronize().
-    fresh: bool = False
     #: Of exchange="auto".
     rehearsal: Rehearsal = field(default_factory=Rehearsal)
     decision: Decision | None = None
@@ -114,6 +112,9 @@ class Compressor(CompressorBase):
             raise ConfigError(
                 f"exchange='auto' decides for one codec, and {self.policy} has several or none. Leave exchange= out."
             )
+
+    def _begin(self) -> None:
+        super()._begin()
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
         self._advisor = Advisor()
@@ -139,7 +140,8 @@ class Compressor(CompressorBase):
         site = find_call_site(tensor)
         state = self._state_of(site)
         key = site.name if state is None else f"{state.index}/{site.name}"
-        if state is not None and self._already_synchronized(site, state):
+        if site.again:
+            # All ranks hold the same bits. Compressing them once more would lose accuracy and spoil the residuals.
             return self._carrier(site, tensor), Unchanged(tensor)
         measures = self.monitor is not None and self.monitor.starts(key)
         reason = self._bypass_reason(site.name, tensor, site.ranks)
@@ -159,7 +161,10 @@ class Compressor(CompressorBase):
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
                 "Pass name=, or a compressor with error_feedback=False."
             )
-        bundles = self._bundles(site, tensor) if state is None or state.bundles is None else state.bundles[site.name]
+        if state is None or state.bundles is None:
+            bundles = self._bundles(site, tensor)
+        else:
+            bundles = planned(state.bundles, site.name, tensor)
         bring(tensor)
         with on_own_stream(tensor.device):
             context = self._take_off(site, key, tensor, bundles, measures)
@@ -289,6 +294,18 @@ class Compressor(CompressorBase):
             mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
             return mean.numpy() if tensor.device.type == "cpu" else mean
 
+        if not self.feedback.linked:
+            return
+        # Averages that some ranks do not ask for would be waited for.
+        names = sorted(self.feedback.arrays())
+        for rank, others in enumerate(hvd.allgather_object(names, name="hvd_qsgd.check")):
+            different = sorted(set(names) ^ set(others))
+            if different:
+                raise ExchangeError(
+                    f"The memories of rank {hvd.rank()} and rank {rank} do not fit together: only one of them has "
+                    f"{', '.join(different[:3])}. Some rank's state was lost: start again with compressor.reset() on "
+                    f"all ranks, or load the states that were saved together."
+                )
         self.feedback.check(average)
 
     def _place(self) -> tuple[int, int]:
@@ -343,7 +360,6 @@ class Compressor(CompressorBase):
 
     def _settled(self, state: OptimizerState) -> None:
         """Gradients come back: by now all ranks have said what their settings are."""
-        state.fresh = False
         if state.agreement is not None:
             state.agreement.check()
             state.agreement = None
@@ -355,7 +371,13 @@ class Compressor(CompressorBase):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         ranks = process_set.size()
         for parameter in reversed(parameters):
-            name = optimizer._parameter_names[parameter]
+            name = optimizer._parameter_names.get(parameter)
+            if name is None:
+                raise UnsupportedError(
+                    f"A parameter of shape {tuple(parameter.shape)} was added to the optimizer after "
+                    f"hvd.DistributedOptimizer was made, and Horovod does not reduce its gradients: it would become "
+                    f"another one on each rank. Call add_param_group() before, or make the DistributedOptimizer anew."
+                )
             if parameter in optimizer._requires_update and not self._bypass_reason(name, parameter, ranks):
                 kind = (parameter.device, self._codec(name, parameter))
                 by_kind.setdefault(kind, []).append((name, parameter.numel()))
@@ -394,19 +416,6 @@ class Compressor(CompressorBase):
             bundle = Bundle(slices, codec, exchange, device, process_set, prefix, self.progress_thread)
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
-
-    @staticmethod
-    def _already_synchronized(site: CallSite, state: OptimizerState) -> bool:
-        """Whether the tensor is a result of ``synchronize()`` that ``step()`` hands in again.
-
-        Horovod does this when ``step()`` follows ``synchronize()`` without
-        ``skip_synchronize()``. All ranks hold the same bits then; compressing them once more
-        would lose accuracy and spoil the residuals.
-        """
-        if site.synchronizing and site.optimizer._synchronized and not state.fresh:
-            return True
-        state.fresh = True
-        return False
 
     def _codec(self, name: str, tensor: torch.Tensor) -> Codec:
         codec = self.policy.codec(tensor_of(name, tensor))
@@ -501,6 +510,22 @@ class Compressor(CompressorBase):
 def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
     """What a policy knows of a tensor."""
     return Tensor(name, tuple(tensor.shape))
+
+
+def planned(plan: dict[str, list[tuple[Slice, Bundle]]], name: str, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
+    """The bundles of a tensor.
+
+    Raises:
+        UnsupportedError: they were made for another length.
+    """
+    bundles = plan.get(name, [])
+    length = bundles[-1][0].stop if bundles else 0
+    if length != tensor.numel():
+        raise UnsupportedError(
+            f"A gradient of {tensor.numel()} elements came for {name!r}, of which {length} were to be compressed when the "
+            f"exchanges were planned. After the shape of a parameter has changed, call compressor.replan() on all ranks."
+        )
+    return bundles
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
