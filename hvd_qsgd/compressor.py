@@ -28,7 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Of :meth:`CompressorBase.state_dict`.
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)

@@ -17,8 +17,9 @@ from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.feedback.base import Feedback
 from hvd_qsgd.feedback.store import Store
 
-#: What rounding may add to the difference of g and mean g_i, relative to their largest value.
-TOLERANCE = 1e-3
+#: What rounding may add to the difference of g and mean g_i, relative to their largest value: 1 % was seen a few steps
+#: after gradients had become 10^5 times smaller.
+TOLERANCE = 3e-2
 
 
 @dataclass(eq=False)
