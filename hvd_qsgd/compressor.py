@@ -120,8 +120,7 @@ class CompressorBase:
         self._steps: dict[str, int] = {}
         #: What codecs remember of each tensor.
         self._memory: dict[str, dict[str, Any]] = {}
-        self._begin()
-        self.monitor = monitor
+        self._begin(monitor)
         if monitor is not None:
             monitor.watch(self, self._place)
 
@@ -132,9 +131,9 @@ class CompressorBase:
             cls._default = cls()  # type: ignore[call-arg]
         return cls._default  # type: ignore[return-value]
 
-    def _begin(self) -> None:
+    def _begin(self, monitor: Monitor | None = None) -> None:
         """Make what belongs to this process, and to the optimizers and graphs in it; copies get their own."""
-        self.monitor: Monitor | None = None
+        self.monitor = monitor
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings and memory, for copies and other processes. No monitor watches a copy."""

@@ -36,6 +36,7 @@ from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
 from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site
@@ -116,8 +117,8 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         self.codec = codec
         self.kernels = kernels
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _begin(self, monitor: Monitor | None = None) -> None:
+        super()._begin(monitor)
         self._names = VariableNames()
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0

@@ -126,8 +126,8 @@ def _from_grouped_allreduce(frame: FrameType, tensor: torch.Tensor) -> CallSite:
     index, *others = (i for i, member in enumerate(frame.f_locals["tensors"]) if member is tensor)
     if others:
         raise UnsupportedError(
-            f"hvd.grouped_allreduce got one tensor twice, at {index} and {others[0]} of its list, and a compressor cannot "
-            f"tell which of them it is asked for. Pass it once, or tensor.clone()."
+            f"hvd.grouped_allreduce got one tensor twice, at {index} and {others[0]} of its list, and a compressor "
+            f"cannot tell which of them it is asked for. Pass it once, or tensor.clone()."
         )
     full_name = f"{name or _unnamed(tensor)}.{index}"
     return CallSite(full_name, frame.f_locals["process_set"], named=name is not None, grouped=True)

@@ -24,6 +24,7 @@ from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
@@ -113,8 +114,8 @@ class Compressor(CompressorBase):
                 f"exchange='auto' decides for one codec, and {self.policy} has several or none. Leave exchange= out."
             )
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _begin(self, monitor: Monitor | None = None) -> None:
+        super()._begin(monitor)
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
         self._advisor = Advisor()
@@ -532,8 +533,9 @@ def planned(plan: dict[str, list[tuple[Slice, Bundle]]], name: str, tensor: torc
     length = bundles[-1][0].stop if bundles else 0
     if length != tensor.numel():
         raise UnsupportedError(
-            f"A gradient of {tensor.numel()} elements came for {name!r}, of which {length} were to be compressed when the "
-            f"exchanges were planned. After the shape of a parameter has changed, call compressor.replan() on all ranks."
+            f"A gradient of {tensor.numel()} elements came for {name!r}, of which {length} were to be compressed when "
+            f"the exchanges were planned. After the shape of a parameter has changed, call compressor.replan() on all "
+            f"ranks."
         )
     return bundles
 
