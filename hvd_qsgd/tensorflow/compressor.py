@@ -153,7 +153,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         if site.grouped:
             # Horovod wants the tensors of a group to be of one type.
             dtype = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
-        return tf.ones([], dtype), ticket
+        # No constant: what follows from constants TensorFlow computes when it optimizes the graph, Horovod's allreduce
+        # included, and so a rank that retraces would wait for others, which do not.
+        return tf.cast(ticket.departure.token >= 0, dtype), ticket
 
     @class_or_instance
     @tf.autograph.experimental.do_not_convert
