@@ -42,6 +42,12 @@ def estimate(
 
     if (parameters is None) == (model is None):
         raise typer.BadParameter("give one of both", param_hint="--parameters or --model")
+    numbers = {
+        "--parameters": parameters, "--gbit": bandwidth, "--latency": latency, "--step": compute, "--backward": backward
+    }  # fmt: skip
+    for option, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is no finite number", param_hint=option)
     count = int(parameters) if parameters is not None else estimate.count_parameters(str(model))
     hidden = (compute * 2 / 3 if backward is None else backward) / 1e3
     if measure:
