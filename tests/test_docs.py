@@ -44,10 +44,17 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     for page in ROOT.glob("docs/*.md"):
         assert (tmp_path / "site" / page.with_suffix(".html").name).stat().st_size > 5000
-    api = (tmp_path / "site" / "api.html").read_text()
-    for name in ("QSGDCompressor", "EF21", "Rules", "PayloadError", "SimulatedPipeline"):
+    shown = {page.name: page.read_text() for page in (tmp_path / "site").glob("*.html")}
+    api = "".join(text for name, text in shown.items() if name.startswith("api"))
+    names = ("CompressorBase", "QSGDCompressor", "DistributedOptimizer", "EF21", "Rules", "Monitor", "PayloadError")
+    for name in (*names, "SimulatedPipeline", "MPITransport"):
         assert f"{name}</" in api, f"{name} is not in the API"
-    assert "fonts.googleapis" not in api
+    # What is made for each framework has no text of its own.
+    found = re.search(r'id="hvd_qsgd.torch.QSGDCompressor".*?id="hvd_qsgd.torch.TopKCompressor"', api, re.DOTALL)
+    assert found and "bucket_size" in found[0] and "unbiased rounding" in found[0]
+    assert ":class:" not in api
+    for name, text in shown.items():
+        assert not re.findall(r'<(?:script|img|link rel="stylesheet")[^>]* (?:src|href)="https?:[^"]*"', text), name
 
 
 def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
