@@ -8,7 +8,7 @@ from typing import Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from hvd_qsgd.cli.output import AS_JSON, print_json
 
@@ -64,7 +64,7 @@ def estimate(
         f"{situation.parameters:,} parameters, {situation.ranks} ranks, {situation.bandwidth / 1e9:.3g} Gbit/s, "
         f"{situation.latency * 1e3:.3g} ms for a small collective{', as measured' if measure else ''}"
     )
-    table = Table("method", "exchange", "step, ms", "times faster", "pays up to")
+    table = Table(Column("method", min_width=21), "exchange", "step, ms", "times\nfaster", "pays up to")
     for p in predictions:
         limit = "any bandwidth" if math.isinf(p.break_even) else f"{p.break_even / 1e9:.3g} Gbit/s"
         limit = limit if p.break_even else "never" if p.exchange else ""
@@ -72,7 +72,10 @@ def estimate(
     console.print(table)
     best = max(predictions, key=lambda p: p.speedup)
     if best.pays and best.exchange:
-        console.print(f"Yes: {best.method} makes steps {best.speedup:.2f} times faster.")
+        console.print(
+            f"Yes: {best.method} makes steps {best.speedup:.2f} times faster. "
+            "That is time alone: TopK and 2 bits can cost accuracy, so begin with QSGD, 4 bits."
+        )
     elif best.pays:
         console.print(f"Rather not: {best.method} does as well, without this package.")
     else:
