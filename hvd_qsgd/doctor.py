@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvd_qsgd import __version__
 from hvd_qsgd.install_horovod import HOROVOD_VERSION, NEWEST_TENSORFLOW, distribution_version
 
 #: Above it, Gloo over the loopback interface stalls for seconds.
@@ -29,7 +30,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at versions, Horovod's build, launchers, the GPU and the loopback interface; takes some seconds."""
-    findings = [Finding("Python", GOOD, platform.python_version())]
+    findings = [Finding("hvd_qsgd", GOOD, __version__), Finding("Python", GOOD, platform.python_version())]
     findings += [_package(name) for name in ("numpy", "numba")]
     torch, tensorflow = distribution_version("torch"), distribution_version("tensorflow-cpu", "tensorflow")
     findings += [_framework("torch", torch), _tensorflow(tensorflow)]
