@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from hvd_qsgd.cli.output import AS_JSON, print_json
+from hvd_qsgd.cli.output import AS_JSON, print_json, waiting
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +54,8 @@ def estimate(
         if ranks is None or bandwidth is None:
             raise typer.BadParameter("give both, or --measure under horovodrun", param_hint="--ranks and --gbit")
         situation = estimate.Situation(count, ranks, bandwidth * 1e9, latency / 1e3, compute / 1e3, hidden)
-        speeds = estimate.measure_codecs()
+        with waiting("Timing the codecs on this machine"):
+            speeds = estimate.measure_codecs()
     predictions = estimate.predict(situation, speeds)
     if as_json:
         print_json([dataclasses.asdict(p) | {"pays": p.pays} for p in predictions])
@@ -104,7 +105,8 @@ def bench(
                 t.method, f"{t.seconds * 1e3:.2f}", f"{times[0].seconds / t.seconds:.2f}", f"{t.sent / 1e6:.2f}"
             )
     else:
-        speeds = bench.codec_speeds()
+        with waiting("Timing the codecs on this machine"):
+            speeds = bench.codec_speeds()
         rows = [dataclasses.asdict(row) for row in speeds]
         table = Table("codec", "times smaller", "encode, GB/s", "decode, GB/s", title="float32 read or made a second")
         for s in speeds:
