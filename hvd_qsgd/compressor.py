@@ -326,7 +326,7 @@ class QSGDBase(CompressorBase):
     Args:
         bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
         scaled: shrink stochastic rounding with L2 norm for error feedback; see :class:`hvd_qsgd.Scaled`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -347,7 +347,7 @@ class TopKBase(CompressorBase):
 
     Args:
         ratio, k, values: see :class:`hvd_qsgd.TopK`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -368,7 +368,7 @@ class CastBase(CompressorBase):
 
     Args:
         dtype: see :class:`hvd_qsgd.Cast`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, dtype: str = "float16", **settings: Any) -> None:

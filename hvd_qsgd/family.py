@@ -13,7 +13,7 @@ class SignBase(CompressorBase):
 
     Args:
         bucket_size: see :class:`hvd_qsgd.Sign`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, bucket_size: int = 512, **settings: Any) -> None:
@@ -25,7 +25,7 @@ class RandomKBase(CompressorBase):
 
     Args:
         ratio, unbiased: see :class:`hvd_qsgd.RandomK`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, ratio: float = 0.01, unbiased: bool = False, **settings: Any) -> None:
@@ -38,7 +38,7 @@ class EliasQSGDBase(CompressorBase):
     Args:
         bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.EliasQSGD`.
         scaled: shrink it for error feedback; see :class:`hvd_qsgd.Scaled`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RowTopKBase(CompressorBase):
 
     Args:
         ratio, row: see :class:`hvd_qsgd.RowTopK`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, ratio: float = 0.01, row: int = 1024, **settings: Any) -> None:
@@ -71,7 +71,7 @@ class GlobalTopKBase(CompressorBase):
 
     Args:
         ratio, k, values: see :class:`hvd_qsgd.GlobalTopK`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ThresholdTopKBase(CompressorBase):
 
     Args:
         ratio, values, method, every: see :class:`hvd_qsgd.ThresholdTopK`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PowerSGDBase(CompressorBase):
 
     Args:
         rank: see :class:`hvd_qsgd.PowerSGD`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, rank: int = 4, **settings: Any) -> None:
@@ -116,7 +116,7 @@ class IntSGDBase(CompressorBase):
 
     Args:
         bits, fineness, beta: see :class:`hvd_qsgd.IntSGD`.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, bits: int = 4, fineness: float = 1.0, beta: float = 0.9, **settings: Any) -> None:
