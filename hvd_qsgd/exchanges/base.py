@@ -12,13 +12,14 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels
+from hvd_qsgd.codecs.looks import Looks, together
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.random_words import key_of
 
@@ -75,6 +76,7 @@ def phase_of(request: Request) -> str:
     return request.op if "int" in str(request.array.dtype) else f"{request.op}_float"
 
 
+T = TypeVar("T")
 Steps = Generator[Request, Any, None]
 
 
@@ -256,11 +258,56 @@ def write_words(message: Any, words: Sequence[int]) -> None:
     message[: len(data)] = sent(message, data) if is_torch(message) else np.frombuffer(data, np.uint8)
 
 
+def words_of(data: Any) -> list[int]:
+    """The inverse of :func:`little_endian`, of an array of the host's bytes, which may be cut short."""
+    return [int(word) for word in np.frombuffer(data.tobytes()[: len(data) // 4 * 4], "<u4")]
+
+
 def read_words(message: Any, name: str) -> Generator[Request, Any, list[int]]:
     """The little-endian uint32 words of a message of any backend's bytes."""
-    head = (yield ToHost(name, message)) if is_torch(message) else message
-    # What came may be cut short.
-    return [int(word) for word in np.frombuffer(head.tobytes()[: len(head) // 4 * 4], "<u4")]
+    return words_of((yield ToHost(name, message)) if is_torch(message) else message)
+
+
+def read_heads(messages: Any, lengths: Sequence[int], name: str) -> Generator[Request, Any, list[list[int]]]:
+    """The words at the start of each of some messages that lie end to end.
+
+    A message is a head of so many bytes (``lengths``), whose words from the second on are the sizes of the payloads
+    that follow. So where a message begins is said by those before it, and on a device it is the device that goes from
+    one to the next: the host looks once. What cannot be right is cut short, or other bytes of ``messages``.
+    """
+    if not is_torch(messages):
+        found, at = [], 0
+        for length in lengths:
+            found.append(words_of(messages[at : at + length]))
+            at += length + sum(map(aligned, found[-1][1:]))
+        return found
+    torch = _torch()
+    heads, start = [], torch.zeros(1, dtype=torch.int64, device=messages.device)
+    for length in lengths:
+        places = start + torch.arange(length, device=messages.device)
+        heads.append(messages[places.clamp(max=len(messages) - 1)])
+        sizes = heads[-1][4:].view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        start = start + length + aligned(sizes).sum()
+    seen = yield ToHost(name, torch.cat(heads))
+    return [words_of(head) for head in np.split(seen, np.cumsum(lengths)[:-1])]
+
+
+def prepared(job: Job, several: Iterable[Looks[T]]) -> Generator[Request, Any, list[T]]:
+    """What the ``prepare_*`` methods of kernels return, with one copy to the host for all that they look at at a time."""
+    looks = together(several)
+    seen: Any = None
+    while True:
+        try:
+            arrays = looks.send(seen)
+        except StopIteration as stop:
+            value: list[T] = stop.value
+            return value
+        found = yield ToHost(f"{job.name}.look", end_to_end(arrays))
+        ends = np.cumsum([array.nbytes for array in arrays])
+        seen = [
+            found[end - array.nbytes : end].view(str(array.dtype).removeprefix("torch."))
+            for array, end in zip(arrays, ends)
+        ]
 
 
 def sent(like: Any, data: bytes) -> Any:
@@ -308,7 +355,8 @@ def ring_bytes(size: int, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * size
 
 
-def aligned(size: int) -> int:
+def aligned(size: Any) -> Any:
+    """Bytes that a payload takes in a message; of a number, or of each in a tensor."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
