@@ -110,7 +110,9 @@ class ThresholdTopK(TopK):
                 break
             guess *= 0.8
             positions = yield from search.above(x, guess)
-        return (yield from self._at_most(x, positions, search, wanted)) if len(positions) > UPPER * wanted else positions
+        return (
+            (yield from self._at_most(x, positions, search, wanted)) if len(positions) > UPPER * wanted else positions
+        )
 
     def _at_most(self, x: Any, positions: Any, search: type[Search], count: int) -> Looks[Any]:
         """The ``count`` largest of some positions."""

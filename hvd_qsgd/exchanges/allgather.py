@@ -62,10 +62,7 @@ def allgather(job: Job) -> Steps:
         raise job.disagreement(f"{len(gathered)} bytes came where {at} were expected")
     averages = yield from prepared(
         job,
-        (
-            job.kernels.prepare_average(gathered, of_piece, len(piece.x))
-            for piece, of_piece in zip(job.pieces, spans)
-        ),
+        (job.kernels.prepare_average(gathered, of_piece, len(piece.x)) for piece, of_piece in zip(job.pieces, spans)),
     )
     for piece, average in zip(job.pieces, averages):
         average(piece.out)

@@ -293,7 +293,7 @@ def read_heads(messages: Any, lengths: Sequence[int], name: str) -> Generator[Re
 
 
 def prepared(job: Job, several: Iterable[Looks[T]]) -> Generator[Request, Any, list[T]]:
-    """What the ``prepare_*`` methods of kernels return, with one copy to the host for all that they look at at a time."""
+    """What ``prepare_*`` of kernels return, with one copy to the host for all that several look at at a time."""
     looks = together(several)
     seen: Any = None
     while True:

@@ -18,9 +18,7 @@ class LookingKernels(Kernels):
     """Base of kernels that are made of their ``prepare_*`` methods; ``*_into`` wait at each look."""
 
     @abstractmethod
-    def prepare_encode(
-        self, x: torch.Tensor, key: int = 0, first: int = 0, keep_error: bool = False
-    ) -> Looks[Write]:
+    def prepare_encode(self, x: torch.Tensor, key: int = 0, first: int = 0, keep_error: bool = False) -> Looks[Write]:
         """See :meth:`Kernels.prepare_encode`."""
 
     @abstractmethod

@@ -41,9 +41,7 @@ def pack_positions(positions: torch.Tensor, length: int, form: int, low_bits: in
     return torch.cat([pack_stream(positions & ((1 << low_bits) - 1), low_bits), pack_bits(marks)])
 
 
-def unpack_positions(
-    data: torch.Tensor, length: int, count: int, form: int, low_bits: int
-) -> Looks[torch.Tensor]:
+def unpack_positions(data: torch.Tensor, length: int, count: int, form: int, low_bits: int) -> Looks[torch.Tensor]:
     """:func:`hvd_qsgd.codecs.topk.unpack_positions`."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=data.device)
@@ -94,9 +92,7 @@ class TopKKernels(LookingKernels):
 
     codec: TopK
 
-    def prepare_encode(
-        self, x: torch.Tensor, key: int = 0, first: int = 0, keep_error: bool = False
-    ) -> Looks[Write]:
+    def prepare_encode(self, x: torch.Tensor, key: int = 0, first: int = 0, keep_error: bool = False) -> Looks[Write]:
         positions = yield from self.choose(x)
         return functools.partial(self._write, x, positions, keep_error)
 
