@@ -198,14 +198,12 @@ class Job:
         parts = [*(found for found, _, _ in self._expected), *(finite_flag(piece.out) for piece in kept)]
         if not parts:
             return
-        seen = yield ToHost(f"{self.name}.seen", end_to_end(parts))
-        at = 0
-        for _, expected, detail in self._expected:
-            if seen[at : at + len(expected)].tobytes() != expected:
+        seen = yield from look(self, parts)
+        for (_, expected, detail), found in zip(self._expected, seen):
+            if found.tobytes() != expected:
                 raise self.disagreement(detail)
-            at += len(expected)
-        for piece, flag in zip(kept, seen[at:]):
-            piece.finite = bool(flag)
+        for piece, flag in zip(kept, seen[len(self._expected) :]):
+            piece.finite = bool(flag[0])
 
     def check_bits(self, exchange: str) -> int:
         """Low bits of the fingerprint, which differ as well when two ranks draw other common random words.
@@ -292,6 +290,15 @@ def read_heads(messages: Any, lengths: Sequence[int], name: str) -> Generator[Re
     return [words_of(head) for head in np.split(seen, np.cumsum(lengths)[:-1])]
 
 
+def look(job: Job, arrays: Sequence[Any]) -> Generator[Request, Any, list[Any]]:
+    """Some flat arrays of a job's backend as the host sees them; those of a device come with one copy."""
+    if not arrays or not is_torch(arrays[0]):
+        return list(arrays)
+    data = yield ToHost(f"{job.name}.look", end_to_end(arrays))
+    parts = np.split(data, np.cumsum([array.nbytes for array in arrays])[:-1])
+    return [part.view(str(array.dtype).removeprefix("torch.")) for array, part in zip(arrays, parts)]
+
+
 def prepared(job: Job, several: Iterable[Looks[T]]) -> Generator[Request, Any, list[T]]:
     """What ``prepare_*`` of kernels return, with one copy to the host for all that several look at at a time."""
     looks = together(several)
@@ -302,12 +309,7 @@ def prepared(job: Job, several: Iterable[Looks[T]]) -> Generator[Request, Any, l
         except StopIteration as stop:
             value: list[T] = stop.value
             return value
-        found = yield ToHost(f"{job.name}.look", end_to_end(arrays))
-        ends = np.cumsum([array.nbytes for array in arrays])
-        seen = [
-            found[end - array.nbytes : end].view(str(array.dtype).removeprefix("torch."))
-            for array, end in zip(arrays, ends)
-        ]
+        seen = yield from look(job, arrays)
 
 
 def sent(like: Any, data: bytes) -> Any:
@@ -323,7 +325,7 @@ def end_to_end(parts: Sequence[Any]) -> Any:
 
 
 def finite_flag(values: Any) -> Any:
-    """One byte on the device of some values: 1 if all are finite."""
+    """One boolean on the device of some values: 1 if all are finite."""
     return (abs(values) < float("inf")).all().view(1)
 
 
@@ -331,8 +333,8 @@ def all_finite(job: Job, arrays: Sequence[Any]) -> Generator[Request, Any, list[
     """Which of some arrays hold neither NaN nor an infinity; one copy to the host for all of them."""
     if not arrays or not is_torch(arrays[0]):
         return [job.kernels.all_finite(array) for array in arrays]
-    flags = yield ToHost(f"{job.name}.finite", end_to_end([finite_flag(array) for array in arrays]))
-    return [bool(flag) for flag in flags]
+    flags = yield from look(job, [finite_flag(array) for array in arrays])
+    return [bool(flag[0]) for flag in flags]
 
 
 def _torch() -> Any:

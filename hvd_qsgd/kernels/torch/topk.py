@@ -35,9 +35,8 @@ def pack_positions(positions: torch.Tensor, length: int, form: int, low_bits: in
     size = length if form == BITMAP else ((length - 1) >> low_bits) + count
     marks = torch.zeros(size, dtype=torch.uint8, device=positions.device)
     if form == BITMAP:
-        marks[positions] = 1
-        return pack_bits(marks)
-    marks[(positions >> low_bits) + torch.arange(count, device=positions.device)] = 1
+        return pack_bits(marks.index_fill_(0, positions, 1))
+    marks.index_fill_(0, (positions >> low_bits) + torch.arange(count, device=positions.device), 1)
     return torch.cat([pack_stream(positions & ((1 << low_bits) - 1), low_bits), pack_bits(marks)])
 
 
