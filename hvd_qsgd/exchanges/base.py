@@ -247,7 +247,10 @@ def is_torch(array: Any) -> bool:
 
 def as_bytes(array: Any) -> Any:
     """The memory of an array of any backend, uint8."""
-    return array.view(_torch().uint8 if is_torch(array) else np.uint8)
+    if not is_torch(array):
+        return array.view(np.uint8)
+    # An empty tensor that came from NumPy has stride 0, and view refuses it.
+    return array.view(_torch().uint8) if len(array) else array.new_empty(0, dtype=_torch().uint8)
 
 
 def write_words(message: Any, words: Sequence[int]) -> None:

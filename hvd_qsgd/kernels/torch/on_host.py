@@ -31,7 +31,7 @@ class HostKernels(LookingKernels):
         (values,) = yield [x]
         payload = np.empty(self.codec.payload_size(len(values)), np.uint8)
         payload = payload[: self.on_host.encode_into(values, payload, key, first)]
-        error = values + 0 if keep_error else None
+        error = values.copy() if keep_error else None
         if error is not None:
             self.on_host.decode_into(payload, error, "subtract")
 
