@@ -11,7 +11,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from gpu_stand_in import WORLD, HostWaitsError, RaceError, Stream, far
-from rank_checks import normal
+from rank_checks import assert_same_on_all_ranks, backward, make_gradients, make_optimizer, make_parameters, normal
 
 from hvd_qsgd import Codec, EliasQSGD, RowTopK, TopK
 from hvd_qsgd.collectives import horovod_torch
@@ -20,9 +20,12 @@ from hvd_qsgd.engine import run_exchange
 from hvd_qsgd.exchanges import Job, Piece, allgather, start_exchange
 from hvd_qsgd.exchanges.base import prepared
 from hvd_qsgd.feedback import MomentumCorrection
+from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels.torch import transfer
 from hvd_qsgd.kernels.torch.topk import TopKKernels
 from hvd_qsgd.torch import (
     CastCompressor,
+    DGCCompressor,
     EliasQSGDCompressor,
     GlobalTopKCompressor,
     IdentityCompressor,
@@ -34,8 +37,11 @@ from hvd_qsgd.torch import (
     SignCompressor,
     ThresholdTopKCompressor,
     TopKCompressor,
+    dgc,
+    flights,
 )
 from hvd_qsgd.torch import compressor as compressor_module
+from hvd_qsgd.torch.compressor import flat
 from hvd_qsgd.torch.flights import empty_on, kernels_on
 from hvd_qsgd.torch.streams import bring, on_own_stream, own_stream
 
@@ -167,18 +173,23 @@ def test_topk_of_tensors_of_any_kind_has_the_bits_of_the_cpu(
         assert torch.equal(result.nan_to_num(0.5), mean.nan_to_num(0.5))
 
 
-def looks_at(codec: Codec, tensors: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> int:
-    """How often the host looks at the device in one exchange of some tensors."""
-    looks = []
+def count_looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each look of the host at a device."""
+    looks: list[int] = []
 
-    class Counted(horovod_torch.OnHost):
+    class Counted(transfer.OnHost):
         def __init__(self, tensor: torch.Tensor) -> None:
-            looks.append(tensor)
+            looks.append(len(tensor))
             super().__init__(tensor)
 
-    collectives = HorovodCollectives()
+    monkeypatch.setattr(horovod_torch, "OnHost", Counted)
+    return looks
+
+
+def looks_at(codec: Codec, tensors: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the host looks at the device in one exchange of some tensors."""
+    looks, collectives = count_looks(monkeypatch), HorovodCollectives()
     with stand_in.gpu(monkeypatch), on_own_stream(stand_in.DEVICE):
-        monkeypatch.setattr(horovod_torch, "OnHost", Counted)
         pieces = [Piece(f"x{i}", far(x), far(0 * x), keep_error=True) for i, x in enumerate(tensors)]
         kernels, ranks = kernels_on(codec, stand_in.DEVICE), (collectives.rank, collectives.ranks)
         job = Job(f"{len(tensors)}", pieces, kernels, *ranks, empty_on(stand_in.DEVICE))
@@ -214,6 +225,51 @@ def test_a_wait_for_each_tensor_would_be_found(monkeypatch: pytest.MonkeyPatch) 
             looks_at(TopK(0.1), tensors, monkeypatch)
     monkeypatch.setattr(allgather, "prepared", one_by_one)
     assert looks_at(TopK(0.1), tensors, monkeypatch) == 11
+
+
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [
+        (lambda: TopKCompressor(0.05, fusion_elements=3000), 0),
+        (lambda: ThresholdTopKCompressor(0.05, fusion_elements=3000), 0),
+        # Their norms are sums, in an order of torch's.
+        (lambda: IntSGDCompressor(fusion_elements=3000), 1e-5),
+        (lambda: DGCCompressor(0.05, clip=1.0, warm_up=(), fusion_elements=3000), 1e-5),
+    ],
+    ids=["TopK", "ThresholdTopK", "IntSGD", "DGC"],
+)
+def test_training_by_tensors_ends_as_by_arrays(make: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gradients on a device go through, with those of the CPU, over the hooks that the stand-in does not see.
+
+    The host looks, so that collectives start later; still all ranks number alike what has no name.
+    """
+    looks = count_looks(monkeypatch)
+
+    def trained() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        parameters = make_parameters({f"p{i}": (40, 30 + i) for i in range(6)})
+        compressor = make()
+        optimizer = make_optimizer(parameters, compressor)
+        for seed in range(4):
+            optimizer.zero_grad()
+            backward(parameters, make_gradients(parameters, seed))
+            hvd.allreduce(torch.ones(1))
+            optimizer.step()
+        assert_same_on_all_ranks(parameters.values())
+        return list(parameters.values()), [torch.as_tensor(a) for a in compressor.state_dict()["arrays"].values()]
+
+    expected, expected_memory = trained()
+    assert not looks
+    monkeypatch.setattr(
+        flights, "empty_on", lambda device: lambda length, dtype: torch.empty(length, dtype=getattr(torch, dtype))
+    )
+    for module in (flights, compressor_module):
+        monkeypatch.setattr(module, "kernels_on", lambda codec, device: kernels_for(codec, "torch"))
+    for module in (compressor_module, dgc):
+        monkeypatch.setattr(module, "array_of", lambda tensor: flat(tensor).to(torch.float32))
+    weights, memory = trained()
+    assert looks
+    for found, other in zip([*weights, *memory], [*expected, *expected_memory]):
+        assert torch.allclose(found, other, rtol=tolerance, atol=tolerance)
 
 
 def test_what_must_wait_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
