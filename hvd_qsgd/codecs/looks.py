@@ -8,6 +8,7 @@ collective: the number of looks does not grow with the number of tensors.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
@@ -21,22 +22,22 @@ Looks = Generator[list[Any], list[np.ndarray], T]
 
 def together(several: Iterable[Looks[T]]) -> Looks[list[T]]:
     """Run several side by side: what they look at next, they look at together. Returns what each returned."""
-    under_way: dict[int, Looks[T]] = dict(enumerate(several))
     returned: dict[int, T] = {}
-    seen: dict[int, list[np.ndarray]] = {}
-    while True:
-        asked: dict[int, list[Any]] = {}
-        for number, looks in under_way.items():
-            try:
-                # None starts a generator.
-                asked[number] = looks.send(seen.get(number))  # type: ignore[arg-type]
-            except StopIteration as stop:
-                returned[number] = stop.value
-        if not asked:
-            return [returned[number] for number in sorted(returned)]
-        under_way = {number: under_way[number] for number in asked}
+
+    def noting(number: int, looks: Looks[T]) -> Looks[None]:
+        returned[number] = yield from looks
+
+    under_way = [noting(*numbered) for numbered in enumerate(several)]
+    # Most never look, and a generator that ends is told by next() without the price of an exception.
+    asked = {number: first for number, one in enumerate(under_way) if (first := next(one, None)) is not None}
+    while asked:
         arrays = iter((yield [array for of_one in asked.values() for array in of_one]))
         seen = {number: [next(arrays) for _ in of_one] for number, of_one in asked.items()}
+        asked = {}
+        for number, of_one in seen.items():
+            with contextlib.suppress(StopIteration):
+                asked[number] = under_way[number].send(of_one)
+    return [returned[number] for number in range(len(under_way))]
 
 
 def at_once(looks: Looks[T]) -> T:
