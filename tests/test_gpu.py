@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 from launch import ROOT, launch
 
-from hvd_qsgd import QSGD, Codec, TopK
+from hvd_qsgd import QSGD, Codec, EliasQSGD, RowTopK, ThresholdTopK, TopK
+from hvd_qsgd.codecs.looks import Looks
 from hvd_qsgd.kernels import kernels_for
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BACKENDS = ["triton", "torch"]
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -54,6 +57,35 @@ def test_no_kernel_makes_the_host_wait(backend: str, dtype: str) -> None:
         kernels.agree_into(x, agreed)
         kernels.to_lanes(x, agreed, 2, lanes)
         kernels.from_lanes(lanes, agreed, 2, x, 2)
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "codec", [TopK(0.01), TopK(0.9, values="float16"), ThresholdTopK(), RowTopK(), EliasQSGD()], ids=str
+)
+@pytest.mark.usefixtures("_the_host_must_not_wait")
+def test_the_host_waits_for_nothing_but_its_looks(codec: Codec, backend: str) -> None:
+    length = 2**20 + 77
+    kernels = kernels_for(codec, backend)
+    x = torch.randn(length, device="cuda")
+    message = torch.zeros(2 * codec.payload_size(length), dtype=torch.uint8, device="cuda")
+
+    def prepared(looks: Looks[T], mode: str) -> T:
+        seen: Any = None
+        while True:
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                asked = looks.send(seen)
+            except StopIteration as stop:
+                return stop.value
+            torch.cuda.set_sync_debug_mode("default")
+            seen = [array.cpu().numpy() for array in asked]
+
+    for mode in ("default", "error"):  # what is compiled first may wait
+        size = prepared(kernels.prepare_encode(x, keep_error=True), mode)(message)
+        message[size : 2 * size] = message[:size].clone()
+        prepared(kernels.prepare_average(message, [(0, size), (size, 2 * size)], length), mode)(x)
 
 
 @pytest.mark.parametrize("early", ["0", "1"] if torch.cuda.device_count() > 1 else ["0"])
