@@ -162,7 +162,7 @@ def _records(path: Path) -> Inspection:
         "rank": f"{total['rank']} of {total['ranks']}",
         "records": len(records),
         "steps": total["step"],
-        "sent, bytes": total["wire_bytes"],
+        "sent, bytes": round(total["wire_bytes"]),
         "times fewer bytes": total["uncompressed_wire_bytes"] / total["wire_bytes"] if total["wire_bytes"] else None,
     }
     names = dict.fromkeys(name for record in records for name in record["tensors"])
@@ -170,5 +170,6 @@ def _records(path: Path) -> Inspection:
     for name in names:
         tensor = total_of(records, name)
         how = tensor["exchange"] or f"not compressed: {tensor['bypassed']}"
-        rows.append({"tensor": name, "elements": tensor["elements"], "sent, bytes": tensor["wire_bytes"], "how": how})
+        sent = round(tensor["wire_bytes"])
+        rows.append({"tensor": name, "elements": tensor["elements"], "sent, bytes": sent, "how": how})
     return Inspection("records of a monitor", facts, rows)

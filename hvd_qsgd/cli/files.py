@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import typer
 from rich.console import Console
@@ -53,9 +53,15 @@ def inspect(
     console = Console()
     console.print(f"[bold]{found.kind}[/]: {file}")
     for name, value in found.facts.items():
-        console.print(f"{name}: {value}", markup=False)
+        console.print(f"{name}: {_shown(value)}", markup=False)
     if found.rows:
         table = Table(*found.rows[0])
         for row in found.rows:
-            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+            table.add_row(*map(_shown, row.values()))
         console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
