@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from hvd_qsgd.install_horovod import HOROVOD_VERSION, NEWEST_TENSORFLOW, distrib
 LOOPBACK_MTU = 9000
 #: Seconds for a program to answer; horovodrun imports every framework first.
 PATIENCE = 120
+#: What Horovod's build leaves for each framework.
+LIBRARIES = {"TensorFlow": "tensorflow/mpi_lib*.so", "PyTorch": "torch/mpi_lib*.so"}
 GOOD, WARNING, BAD = "ok", "warning", "error"
 
 
@@ -90,16 +93,29 @@ def _build() -> list[Finding]:
         return [_silent("built for", program)]
     # MPI and Gloo stand there twice: as controllers, and as what moves tensors.
     built = dict.fromkeys(line.split("]")[1].strip() for line in told.splitlines() if line.strip().startswith("[X]"))
-    frameworks = [name for name in built if name in ("TensorFlow", "PyTorch")]
     controllers = [name for name in built if name in ("MPI", "Gloo")]
     return [
-        Finding("built for", GOOD, ", ".join(frameworks))
-        if frameworks
-        else Finding("built for", BAD, "no framework", "hvd-qsgd install-horovod --force"),
+        _built_for(),
         Finding("collectives over", GOOD, ", ".join([*controllers, *(["NCCL"] if "NCCL" in built else [])]))
         if controllers
         else Finding("collectives over", BAD, "nothing", "hvd-qsgd install-horovod --force"),
     ]
+
+
+def _built_for(horovod: Path | None = None) -> Finding:
+    """The frameworks that Horovod has a library for; its own ``--check-build`` names some that it has none for."""
+    spec = importlib.util.find_spec("horovod")
+    folder = horovod or (Path(str(spec.origin)).parent if spec else Path())
+    installed = {
+        "TensorFlow": distribution_version("tensorflow-cpu", "tensorflow"),
+        "PyTorch": distribution_version("torch"),
+    }
+    built = [name for name, libraries in LIBRARIES.items() if any(folder.glob(libraries))]
+    missing = [name for name, version in installed.items() if version and name not in built]
+    if built and not missing:
+        return Finding("built for", GOOD, ", ".join(built))
+    found = f"{', '.join(built) or 'no framework'}{', and not for ' + ' and '.join(missing) if missing else ''}"
+    return Finding("built for", BAD, found, "hvd-qsgd install-horovod --force")
 
 
 def _mpi() -> Finding:

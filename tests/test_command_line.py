@@ -54,6 +54,17 @@ def test_doctor_names_what_is_missing_and_fails(monkeypatch: pytest.MonkeyPatch)
         assert text in result.output
 
 
+def test_doctor_believes_the_libraries_of_horovod(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`horovodrun --check-build` names PyTorch where Horovod was built for TensorFlow alone."""
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "mpi_lib.cpython-311.so").touch()
+    monkeypatch.setattr(doctor, "distribution_version", lambda *names: None if "torch" in names else "2.18.1")
+    assert doctor._built_for(tmp_path) == doctor.Finding("built for", doctor.GOOD, "TensorFlow")
+    monkeypatch.setattr(doctor, "distribution_version", lambda *names: "2.18.1")
+    finding = doctor._built_for(tmp_path)
+    assert finding.state == doctor.BAD and finding.found == "TensorFlow, and not for PyTorch" and finding.remedy
+
+
 def test_doctor_knows_the_loopback_trap(tmp_path: Path) -> None:
     mtu = tmp_path / "mtu"
     for value, state in (("65536", doctor.WARNING), ("9000", doctor.GOOD)):
