@@ -35,7 +35,7 @@ from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
 
 #: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
 #: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
-IN_FLIGHT = 4
+IN_FLIGHT = 3
 
 
 @dataclass
