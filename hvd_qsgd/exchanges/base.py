@@ -337,7 +337,7 @@ def shards_of(job: Job) -> list[list[Segment]]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """An exchange as the registry lists it: call it with a job."""
+    """An exchange as the registry lists it, under the name of its generator function: call it with a job."""
 
     steps: Callable[[Job], Steps]
     #: Of a codec, a number of elements and a number of ranks.
@@ -345,6 +345,10 @@ class Exchange:
     #: The collectives that it yields, in order, for frameworks that build their graph beforehand: "allgather",
     #: "alltoall", "max" and "sum" of int32 words, "sum_float" of float32 ones. Empty where that does not describe it.
     phases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.steps.__name__
 
     def __call__(self, job: Job) -> Steps:
         return self.steps(job)
