@@ -1,44 +1,113 @@
-"""Compressors around the further codecs, for all frameworks: their settings, and those of every compressor."""
+"""A compressor for each codec, with its settings; a framework adds Horovod's ``compress`` and ``decompress``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hvd_qsgd.codecs import EliasQSGD, GlobalTopK, IntSGD, PowerSGD, RandomK, RowTopK, Scaled, Sign, ThresholdTopK
+from hvd_qsgd.codecs import (
+    QSGD,
+    Cast,
+    EliasQSGD,
+    GlobalTopK,
+    Identity,
+    IntSGD,
+    PowerSGD,
+    RandomK,
+    RowTopK,
+    Scaled,
+    Sign,
+    ThresholdTopK,
+    TopK,
+)
 from hvd_qsgd.compressor import CompressorBase
 
 
-class SignBase(CompressorBase):
+class QSGDCompressor(CompressorBase):
+    """Quantization with unbiased rounding, 8 times fewer bytes at the default 4 bits.
+
+    Args:
+        bits, bucket_size, norm, rounding: see ``hvd_qsgd.QSGD``.
+        scaled: shrink stochastic rounding with L2 norm for error feedback; see ``hvd_qsgd.Scaled``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        bucket_size: int = 512,
+        norm: str = "max",
+        rounding: str = "stochastic",
+        scaled: bool = False,
+        **settings: Any,
+    ) -> None:
+        codec = QSGD(bits, bucket_size, norm, rounding)
+        super().__init__(Scaled(codec) if scaled else codec, **settings)
+
+
+class TopKCompressor(CompressorBase):
+    """The largest values only, with error feedback.
+
+    Args:
+        ratio, k, values: see ``hvd_qsgd.TopK``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+    """
+
+    def __init__(
+        self, ratio: float | None = 0.01, k: int | None = None, values: str = "float32", **settings: Any
+    ) -> None:
+        super().__init__(TopK(ratio, k, values), **settings)
+
+
+class IdentityCompressor(CompressorBase):
+    """Sends float32 through the same path as the others, for comparison."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(Identity(), **settings)
+
+
+class CastCompressor(CompressorBase):
+    """Sends float16 or bfloat16 and adds up in float32.
+
+    Args:
+        dtype: see ``hvd_qsgd.Cast``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+    """
+
+    def __init__(self, dtype: str = "float16", **settings: Any) -> None:
+        super().__init__(Cast(dtype), **settings)
+
+
+class SignCompressor(CompressorBase):
     """One bit a value with error feedback: EF-SignSGD.
 
     Args:
-        bucket_size: see :class:`hvd_qsgd.Sign`.
-        settings: see :class:`Compressor`.
+        bucket_size: see ``hvd_qsgd.Sign``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(self, bucket_size: int = 512, **settings: Any) -> None:
         super().__init__(Sign(bucket_size), **settings)
 
 
-class RandomKBase(CompressorBase):
+class RandomKCompressor(CompressorBase):
     """Random values at positions that all ranks draw alike, added up in one allreduce; with error feedback.
 
     Args:
-        ratio, unbiased: see :class:`hvd_qsgd.RandomK`.
-        settings: see :class:`Compressor`.
+        ratio, unbiased: see ``hvd_qsgd.RandomK``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(self, ratio: float = 0.01, unbiased: bool = False, **settings: Any) -> None:
         super().__init__(RandomK(ratio, unbiased), **settings)
 
 
-class EliasQSGDBase(CompressorBase):
+class EliasQSGDCompressor(CompressorBase):
     """QSGD with L2 norm and entropy coding, as in the paper.
 
     Args:
-        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.EliasQSGD`.
-        scaled: shrink it for error feedback; see :class:`hvd_qsgd.Scaled`.
-        settings: see :class:`Compressor`.
+        bits, bucket_size, norm, rounding: see ``hvd_qsgd.EliasQSGD``.
+        scaled: shrink it for error feedback; see ``hvd_qsgd.Scaled``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(
@@ -54,24 +123,24 @@ class EliasQSGDBase(CompressorBase):
         super().__init__(Scaled(codec) if scaled else codec, **settings)
 
 
-class RowTopKBase(CompressorBase):
+class RowTopKCompressor(CompressorBase):
     """The largest values of every row of consecutive values, with error feedback.
 
     Args:
-        ratio, row: see :class:`hvd_qsgd.RowTopK`.
-        settings: see :class:`Compressor`.
+        ratio, row: see ``hvd_qsgd.RowTopK``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(self, ratio: float = 0.01, row: int = 1024, **settings: Any) -> None:
         super().__init__(RowTopK(ratio, row), **settings)
 
 
-class GlobalTopKBase(CompressorBase):
+class GlobalTopKCompressor(CompressorBase):
     """The largest values of all tensors of a fusion buffer, with error feedback.
 
     Args:
-        ratio, k, values: see :class:`hvd_qsgd.GlobalTopK`.
-        settings: see :class:`Compressor`.
+        ratio, k, values: see ``hvd_qsgd.GlobalTopK``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(
@@ -80,12 +149,12 @@ class GlobalTopKBase(CompressorBase):
         super().__init__(GlobalTopK(ratio, k, values), **settings)
 
 
-class ThresholdTopKBase(CompressorBase):
+class ThresholdTopKCompressor(CompressorBase):
     """About the largest values, by a threshold that is used again, sampled or estimated; with error feedback.
 
     Args:
-        ratio, values, method, every: see :class:`hvd_qsgd.ThresholdTopK`.
-        settings: see :class:`Compressor`.
+        ratio, values, method, every: see ``hvd_qsgd.ThresholdTopK``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(
@@ -99,24 +168,24 @@ class ThresholdTopKBase(CompressorBase):
         super().__init__(ThresholdTopK(ratio, None, values, method, every), **settings)
 
 
-class PowerSGDBase(CompressorBase):
+class PowerSGDCompressor(CompressorBase):
     """Thin factors of each gradient matrix, by two allreduces; with error feedback.
 
     Args:
-        rank: see :class:`hvd_qsgd.PowerSGD`.
-        settings: see :class:`Compressor`.
+        rank: see ``hvd_qsgd.PowerSGD``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(self, rank: int = 4, **settings: Any) -> None:
         super().__init__(PowerSGD(rank), **settings)
 
 
-class IntSGDBase(CompressorBase):
+class IntSGDCompressor(CompressorBase):
     """Integers on a grid known from past means, by one allreduce.
 
     Args:
-        bits, fineness, beta: see :class:`hvd_qsgd.IntSGD`.
-        settings: see :class:`Compressor`.
+        bits, fineness, beta: see ``hvd_qsgd.IntSGD``.
+        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
     """
 
     def __init__(self, bits: int = 4, fineness: float = 1.0, beta: float = 0.9, **settings: Any) -> None:

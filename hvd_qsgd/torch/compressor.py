@@ -19,7 +19,7 @@ import torch
 from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
+from hvd_qsgd.compressor import CompressorBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
@@ -522,19 +522,3 @@ def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
         return mean.mul_(carrier.to(torch.float32))
     factor = float(carrier)
     return mean if factor == 1.0 else mean.mul_(factor)
-
-
-class QSGDCompressor(QSGDBase, Compressor):
-    __doc__ = QSGDBase.__doc__
-
-
-class TopKCompressor(TopKBase, Compressor):
-    __doc__ = TopKBase.__doc__
-
-
-class IdentityCompressor(IdentityBase, Compressor):
-    __doc__ = IdentityBase.__doc__
-
-
-class CastCompressor(CastBase, Compressor):
-    __doc__ = CastBase.__doc__
