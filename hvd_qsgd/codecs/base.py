@@ -120,11 +120,6 @@ class Codec(Kernels):
         """
         return False
 
-    @property
-    def value_dtype(self) -> type | None:
-        """float32, or None for codecs that say nothing about single values."""
-        return np.float32
-
     @abstractmethod
     def payload_size(self, length: int) -> int:
         """Bytes of the payload of ``length`` elements: exact, or an upper bound if ``variable_size``."""

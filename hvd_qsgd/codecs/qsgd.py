@@ -141,10 +141,6 @@ class QSGD(Codec):
 
     # -- the allreduce exchange: levels on agreed scales, summed in lanes of int32 words -----
 
-    @property
-    def lanes_dtype(self) -> str:
-        return "int32"
-
     def lane_width(self, ranks: int) -> int:
         """Bits of a lane: the smallest w with ``ranks * 2s < 2^w``."""
         width = int(ranks * 2 * self.levels).bit_length()

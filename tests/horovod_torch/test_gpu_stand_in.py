@@ -23,6 +23,7 @@ from hvd_qsgd.torch import (
     TopKCompressor,
 )
 from hvd_qsgd.torch import compressor as compressor_module
+from hvd_qsgd.torch import tensors as tensors_module
 from hvd_qsgd.torch.streams import bring, on_own_stream, own_stream
 
 EXCHANGES = ["allgather", "scatter_gather", "allreduce"]
@@ -82,7 +83,8 @@ def test_half_precision_is_read_and_written_without_a_float32_copy(
     x = normal(SHAPE).to(dtype)
     (expected,) = averages(QSGDCompressor(exchange=exchange), [x])
     with stand_in.gpu(monkeypatch):
-        monkeypatch.setattr(compressor_module, "array_of", None)
+        for module in (compressor_module, tensors_module):
+            monkeypatch.setattr(module, "array_of", None)
         (result,) = averages(QSGDCompressor(exchange=exchange), [far(x)])
         assert result.dtype == dtype and torch.equal(result.inner, expected)
 
