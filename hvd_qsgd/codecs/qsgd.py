@@ -212,7 +212,7 @@ class QSGD(Codec):
     # -- the arithmetic ---------------------------------------------------------------------
 
     def scales(self, x: np.ndarray) -> np.ndarray:
-        """The scale of each bucket, float32 of shape (buckets,); NaN where a bucket is not finite."""
+        """The scale of each bucket of ``x``, float32 of shape (buckets,); NaN where a bucket is not finite."""
         scales = np.empty(self.buckets(x.size), np.float32)
         for rows, part, _ in self._rows(x, scales, 0):
             largest = (rows.view(np.uint32) & ABS_MASK).max(axis=1)

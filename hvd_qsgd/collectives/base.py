@@ -23,10 +23,14 @@ class Collectives(Protocol):
     """Asynchronous collectives among the ranks of one group."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Of this process in the group, from 0."""
+        ...
 
     @property
-    def ranks(self) -> int: ...
+    def ranks(self) -> int:
+        """How many there are."""
+        ...
 
     def start(self, request: Request) -> Handle:
         """Start a collective that every rank of the group starts under the same name."""
@@ -46,4 +50,5 @@ class Names:
 
     @classmethod
     def of(cls, name: str) -> str:
+        """The name that all ranks of this generation of the job use."""
         return f"hvd_qsgd.{cls.generation}.{name}"

@@ -13,13 +13,14 @@ from hvd_qsgd.codecs.base import Codec
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a policy knows of a tensor."""
+    """What a policy knows of a tensor: the name of the parameter, and its shape."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
     def elements(self) -> int:
+        """Their number."""
         return math.prod(self.shape)
 
 
@@ -77,7 +78,7 @@ class Policy(ABC):
 
 @dataclass
 class Fixed(Policy):
-    """One codec for all tensors and all time."""
+    """One codec for all tensors and all time; None compresses nothing."""
 
     only: Codec | None = field()
 

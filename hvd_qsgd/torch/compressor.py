@@ -103,6 +103,9 @@ class Compressor(CompressorBase):
             programs in which every other Horovod call between ``backward()`` and ``step()`` has a ``name=``: Horovod
             numbers those without, and with a thread the numbers differ between ranks, which then wait forever.
         settings: see :class:`hvd_qsgd.compressor.CompressorBase`.
+
+    Raises:
+        ConfigError: a value is out of range, or the settings do not go together.
     """
 
     framework = "torch"
