@@ -37,6 +37,26 @@ class Collectives(Protocol):
         ...
 
 
+class OfProcessSet:
+    """Rank and size of a Horovod process set of any framework.
+
+    They are asked anew each time, because an elastic job changes them.
+    """
+
+    def __init__(self, process_set: Any) -> None:
+        self.process_set = process_set
+
+    @property
+    def rank(self) -> int:
+        """See :class:`Collectives`."""
+        return int(self.process_set.rank())
+
+    @property
+    def ranks(self) -> int:
+        """See :class:`Collectives`."""
+        return int(self.process_set.size())
+
+
 class Names:
     """Names of Horovod's collectives.
 
