@@ -26,9 +26,9 @@ class QSGDCompressor(CompressorBase):
     """Quantization with unbiased rounding, 8 times fewer bytes at the default 4 bits.
 
     Args:
-        bits, bucket_size, norm, rounding: see ``hvd_qsgd.QSGD``.
-        scaled: shrink stochastic rounding with L2 norm for error feedback; see ``hvd_qsgd.Scaled``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
+        scaled: shrink stochastic rounding with L2 norm for error feedback; see :class:`hvd_qsgd.Scaled`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class TopKCompressor(CompressorBase):
     """The largest values only, with error feedback.
 
     Args:
-        ratio, k, values: see ``hvd_qsgd.TopK``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        ratio, k, values: see :class:`hvd_qsgd.TopK`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class CastCompressor(CompressorBase):
     """Sends float16 or bfloat16 and adds up in float32.
 
     Args:
-        dtype: see ``hvd_qsgd.Cast``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        dtype: see :class:`hvd_qsgd.Cast`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, dtype: str = "float16", **settings: Any) -> None:
@@ -81,8 +81,8 @@ class SignCompressor(CompressorBase):
     """One bit a value with error feedback: EF-SignSGD.
 
     Args:
-        bucket_size: see ``hvd_qsgd.Sign``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        bucket_size: see :class:`hvd_qsgd.Sign`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, bucket_size: int = 512, **settings: Any) -> None:
@@ -93,8 +93,8 @@ class RandomKCompressor(CompressorBase):
     """Random values at positions that all ranks draw alike, added up in one allreduce; with error feedback.
 
     Args:
-        ratio, unbiased: see ``hvd_qsgd.RandomK``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        ratio, unbiased: see :class:`hvd_qsgd.RandomK`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, ratio: float = 0.01, unbiased: bool = False, **settings: Any) -> None:
@@ -105,9 +105,9 @@ class EliasQSGDCompressor(CompressorBase):
     """QSGD with L2 norm and entropy coding, as in the paper.
 
     Args:
-        bits, bucket_size, norm, rounding: see ``hvd_qsgd.EliasQSGD``.
-        scaled: shrink it for error feedback; see ``hvd_qsgd.Scaled``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.EliasQSGD`.
+        scaled: shrink it for error feedback; see :class:`hvd_qsgd.Scaled`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class RowTopKCompressor(CompressorBase):
     """The largest values of every row of consecutive values, with error feedback.
 
     Args:
-        ratio, row: see ``hvd_qsgd.RowTopK``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        ratio, row: see :class:`hvd_qsgd.RowTopK`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, ratio: float = 0.01, row: int = 1024, **settings: Any) -> None:
@@ -139,8 +139,8 @@ class GlobalTopKCompressor(CompressorBase):
     """The largest values of all tensors of a fusion buffer, with error feedback.
 
     Args:
-        ratio, k, values: see ``hvd_qsgd.GlobalTopK``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        ratio, k, values: see :class:`hvd_qsgd.GlobalTopK`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ class ThresholdTopKCompressor(CompressorBase):
     """About the largest values, by a threshold that is used again, sampled or estimated; with error feedback.
 
     Args:
-        ratio, values, method, every: see ``hvd_qsgd.ThresholdTopK``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        ratio, values, method, every: see :class:`hvd_qsgd.ThresholdTopK`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(
@@ -172,8 +172,8 @@ class PowerSGDCompressor(CompressorBase):
     """Thin factors of each gradient matrix, by two allreduces; with error feedback.
 
     Args:
-        rank: see ``hvd_qsgd.PowerSGD``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        rank: see :class:`hvd_qsgd.PowerSGD`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, rank: int = 4, **settings: Any) -> None:
@@ -184,8 +184,8 @@ class IntSGDCompressor(CompressorBase):
     """Integers on a grid known from past means, by one allreduce.
 
     Args:
-        bits, fineness, beta: see ``hvd_qsgd.IntSGD``.
-        settings: those of every compressor: see ``hvd_qsgd.compressor.CompressorBase``.
+        bits, fineness, beta: see :class:`hvd_qsgd.IntSGD`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
     """
 
     def __init__(self, bits: int = 4, fineness: float = 1.0, beta: float = 0.9, **settings: Any) -> None:

@@ -44,9 +44,6 @@ def test_site_builds_without_warnings(tmp_path: Path) -> None:
     api = (tmp_path / "site" / "api.html").read_text()
     for name in ("QSGDCompressor", "EF21", "Rules", "PayloadError", "SimulatedPipeline"):
         assert f"{name}</" in api, f"{name} is not in the API"
-    # What users meet first: the settings of a compressor, of its codec and of every one.
-    for text in ("shrink stochastic rounding", "of the random rounding", "let a thread go on"):
-        assert text in api, f"{text!r} is not in the API"
     assert "fonts.googleapis" not in api
 
 

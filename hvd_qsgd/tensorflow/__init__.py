@@ -2,6 +2,8 @@
 
 from hvd_qsgd.tensorflow import QSGDCompressor
 tape = hvd.DistributedGradientTape(tape, compression=QSGDCompressor)
+
+Each takes the settings of its codec, and those of all compressors.
 """
 
 from hvd_qsgd.tensorflow.versions import check_versions

@@ -45,7 +45,7 @@ class DGCCompressor(Compressor):
             that are not compressed get the same momentum after their allreduce.
         weight_decay: times the parameter, is added to gradients before they are accumulated.
         warm_up: ratios of the first epochs; none if empty.
-        settings: see :class:`Compressor`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
 
     Raises:
         ConfigError: a value is out of range.
