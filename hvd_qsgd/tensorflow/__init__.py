@@ -1,7 +1,7 @@
 """Compressors for Horovod with TensorFlow.
 
-from hvd_qsgd.tensorflow import QSGDCompressor
-tape = hvd.DistributedGradientTape(tape, compression=QSGDCompressor)
+    from hvd_qsgd.tensorflow import QSGDCompressor
+    tape = hvd.DistributedGradientTape(tape, compression=QSGDCompressor)
 
 Each takes the settings of its codec, and those of all compressors.
 """

@@ -1,7 +1,7 @@
 """Compressors for Horovod with PyTorch.
 
-from hvd_qsgd.torch import QSGDCompressor
-optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=QSGDCompressor)
+    from hvd_qsgd.torch import QSGDCompressor
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=QSGDCompressor)
 
 Each takes the settings of its codec, and those of all compressors.
 """
