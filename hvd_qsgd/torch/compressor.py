@@ -24,13 +24,13 @@ from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.observe.probe import Probe
-from hvd_qsgd.policies import Fixed, Policy
+from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.torch.callsite import CallSite, find_call_site
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
 from hvd_qsgd.torch.rehearsal import Rehearsal
 from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
-from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, room_for_mean, scaled, tensor_of
+from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, room_for_mean, scaled
 
 #: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
 #: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
@@ -479,3 +479,8 @@ class Compressor(CompressorBase):
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
         """What feedback starts from."""
         return array_of(tensor)
+
+
+def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
+    """What a policy knows of a tensor."""
+    return Tensor(name, tuple(tensor.shape))

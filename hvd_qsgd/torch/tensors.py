@@ -7,13 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_qsgd.policies import Tensor
 from hvd_qsgd.torch.callsite import CallSite
-
-
-def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
-    """What a policy knows of a tensor."""
-    return Tensor(name, tuple(tensor.shape))
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
