@@ -13,14 +13,13 @@ from hvd_qsgd.codecs.base import Codec
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a policy knows of a tensor: the name of the parameter, and its shape."""
+    """What a policy knows of a tensor."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
     def elements(self) -> int:
-        """Their number."""
         return math.prod(self.shape)
 
 
