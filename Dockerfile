@@ -46,6 +46,7 @@ FROM build AS test
 # hadolint ignore=DL3013
 RUN pip install hypothesis ml_dtypes psutil pytest pytest-timeout typer
 COPY tests tests
+COPY tools tools
 COPY docs docs
 COPY examples examples
 RUN useradd --create-home --uid 1000 horovod && chown -R horovod /build

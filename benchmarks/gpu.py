@@ -35,6 +35,8 @@ from hvd_qsgd.kernels.triton.probe import differs, hard_buckets
 
 HERE = Path(__file__).resolve().parent
 RANKS = 4
+#: Bytes that are written before each time is taken.
+FLUSHED = 2**29
 CODECS = (QSGD(2), QSGD(4), QSGD(8), QSGD(4, norm="l2"), QSGD(7, 4096), QSGD(4, rounding="nearest"), TopK(0.01))
 
 #: Bits, and the type of the gradient, of the kernels that are timed.
@@ -78,17 +80,21 @@ def kernel_calls(codec: QSGD, backend: str, x: torch.Tensor) -> dict[str, tuple[
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time, after two calls that compile and warm up."""
+    """Median time, after two calls that compile and warm up; on a GPU with caches that hold something else."""
     times = []
-    for _ in range(2 + repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if device.type == "cuda":
+        # Larger than any cache; and while it is filled, the host has time to start the kernels after it.
+        other = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2 + repeats)]
+        for start, end in events:
+            other.zero_()
             start.record()
             call()
             end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
+        torch.cuda.synchronize(device)
+        times = [start.elapsed_time(end) / 1e3 for start, end in events]
+    else:
+        for _ in range(2 + repeats):
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)

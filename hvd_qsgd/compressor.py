@@ -30,7 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Of :meth:`CompressorBase.state_dict`.
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
@@ -130,7 +130,7 @@ class CompressorBase:
         self._steps: dict[str, int] = {}
         #: What codecs remember of each tensor.
         self._memory: dict[str, dict[str, Any]] = {}
-        self.monitor = monitor
+        self._begin(monitor)
         if monitor is not None:
             monitor.watch(self, self._place)
 
@@ -145,6 +145,20 @@ class CompressorBase:
         if "_default" not in cls.__dict__ or cls._default is None:
             cls._default = cls()  # type: ignore[call-arg]
         return cls._default  # type: ignore[return-value]
+
+    def _begin(self, monitor: Monitor | None = None) -> None:
+        """Make what belongs to this process, and to the optimizers and graphs in it; copies get their own."""
+        self.monitor = monitor
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings and memory, for copies and other processes. No monitor watches a copy."""
+        blank = object.__new__(type(self))
+        blank._begin()
+        return {name: value for name, value in vars(self).items() if name not in vars(blank)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._begin()
+        vars(self).update(state)
 
     def __repr__(self) -> str:
         biased = [codec.biased for codec in self.policy.every_codec()]

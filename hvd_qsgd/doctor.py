@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvd_qsgd import __version__
 from hvd_qsgd.install_horovod import HOROVOD_VERSION, NEWEST_TENSORFLOW, distribution_version
 
 #: Above it, Gloo over the loopback interface stalls for seconds.
@@ -29,12 +30,13 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at versions, Horovod's build, launchers, the GPU and the loopback interface; takes some seconds."""
-    findings = [Finding("Python", GOOD, platform.python_version())]
+    findings = [Finding("hvd_qsgd", GOOD, __version__), Finding("Python", GOOD, platform.python_version())]
     findings += [_package(name) for name in ("numpy", "numba")]
     torch, tensorflow = distribution_version("torch"), distribution_version("tensorflow-cpu", "tensorflow")
     findings += [_framework("torch", torch), _tensorflow(tensorflow)]
     if torch is None and tensorflow is None:
-        findings.append(Finding("frameworks", BAD, "neither torch nor TensorFlow", "pip install hvd-qsgd[torch]"))
+        remedy = "pip install torch, or 'tensorflow==2.18.*'"
+        findings.append(Finding("frameworks", BAD, "neither torch nor TensorFlow", remedy))
     findings += [_horovod(), *_build(), _mpi(), *_gpu(), *_gpu_collectives(), _loopback()]
     return findings
 
@@ -86,7 +88,8 @@ def _build() -> list[Finding]:
     told = _told(program, "--check-build")
     if told is None:
         return [_silent("built for", program)]
-    built = [line.split("]")[1].strip() for line in told.splitlines() if line.strip().startswith("[X]")]
+    # MPI and Gloo stand there twice: as controllers, and as what moves tensors.
+    built = dict.fromkeys(line.split("]")[1].strip() for line in told.splitlines() if line.strip().startswith("[X]"))
     frameworks = [name for name in built if name in ("TensorFlow", "PyTorch")]
     controllers = [name for name in built if name in ("MPI", "Gloo")]
     return [
@@ -137,7 +140,7 @@ def _gpu_kernels() -> Finding:
     fault = fault_on(torch.device("cuda", torch.cuda.current_device()))
     if not fault:
         return Finding("GPU kernels", GOOD, f"Triton {distribution_version('triton')}, its bytes compared just now")
-    remedy = "pip install hvd-qsgd[gpu], and a C compiler, which Triton needs; results are the same without."
+    remedy = "pip install triton, and a C compiler, which Triton needs; results are the same without."
     return Finding("GPU kernels", WARNING, f"torch operations, which are slower: {fault}", remedy)
 
 

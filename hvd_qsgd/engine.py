@@ -1,7 +1,8 @@
 """The engine: keeps exchanges going, whichever of them is waited for.
 
 The first collective of an exchange starts when its gradients are there, during the backward
-pass; the ones after it start while somebody waits, or by a thread. Waiting for one exchange moves
+pass, or, if the host must see something of a device before that, when the gradients of the next exchange are there. The
+ones after it start while somebody waits, or by a thread. Waiting for one exchange moves
 all of them, because another rank may be waiting for any of those, so their phases overlap each other.
 
 Why the thread is not the default: Horovod names a collective without a name after the number of
@@ -19,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from hvd_qsgd.collectives.base import Collectives, Handle
-from hvd_qsgd.exchanges.base import Request, Steps
+from hvd_qsgd.exchanges.base import Request, Steps, ToHost
 
 T = TypeVar("T")
 
@@ -55,12 +56,11 @@ class Task:
         self._turn = threading.Lock()
         self.error: BaseException | None = None
         self.finished = False
+        #: Whether a collective was started, and not only copies of what is on a device to the host.
+        self.left = False
         #: What the exchange returned.
         self.value: Any = None
-        begin = time.perf_counter()
-        with span("encode"):
-            self._resume(None)
-        self.encode_seconds += time.perf_counter() - begin
+        self._resume(None)
 
     def advance(self) -> bool:
         """Go on if the last collective has ended and no other thread is at it; True if something was done."""
@@ -69,13 +69,16 @@ class Task:
         try:
             if self.finished or self._handle is None or not self._handle.done():
                 return False
-            begin = time.perf_counter()
-            with self.span("decode"):
-                self._resume(self._handle)
-            self.decode_seconds += time.perf_counter() - begin
+            self._resume(self._handle)
             return True
         finally:
             self._turn.release()
+
+    def leave(self) -> None:
+        """Return when the first collective was started."""
+        while not (self.left or self.finished):
+            if not self.advance():
+                self.pause()
 
     def pause(self) -> None:
         """Wait a moment, for this task's sake."""
@@ -84,9 +87,21 @@ class Task:
         self.wait_seconds += time.perf_counter() - begin
 
     def _resume(self, handle: Handle | None) -> None:
+        encodes, begin = not self.left, time.perf_counter()
+        with self.span("encode" if encodes else "decode"):
+            self._compute(handle)
+        seconds = time.perf_counter() - begin
+        if encodes:
+            self.encode_seconds += seconds
+        else:
+            self.decode_seconds += seconds
+
+    def _compute(self, handle: Handle | None) -> None:
         try:
             outcome: Any = handle.result() if handle is not None else None
-            self._handle = self._collectives.start(self._steps.send(outcome))
+            request = self._steps.send(outcome)
+            self._handle = self._collectives.start(request)
+            self.left = self.left or not isinstance(request, ToHost)
         except StopIteration as stop:
             self.value = stop.value
             self.finished = True
@@ -124,9 +139,17 @@ class Engine:
     def submit(self, steps: Steps, collectives: Collectives, span: Span = no_span, threaded: bool = False) -> Task:
         """Start an exchange: encodes and starts its first collective before it returns.
 
+        If the host must look at a device before that, the collective starts with the next exchange, or when somebody
+        waits: by then the look has come, most likely, and it is the same moment on all ranks.
+
         Args:
             threaded: let a thread move all exchanges from now on, until none is under way.
         """
+        if not threaded:
+            with self._lock:
+                tasks = self._under_way()
+            for before in tasks:
+                before.leave()
         task = Task(steps, collectives, span)
         with self._lock:
             self._tasks.append(task)

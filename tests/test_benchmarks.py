@@ -92,10 +92,10 @@ def test_help(benchmark: str) -> None:
         assert "usage:" in shown.stdout
 
 
-def test_monitor(tmp_path: Path) -> None:
-    outcome = launch(
-        [str(ROOT / "benchmarks" / "monitor.py"), "--quick", "--output", str(tmp_path / "monitor.json")], 2
-    )
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_monitor(framework: str, tmp_path: Path) -> None:
+    options = ["--quick", "--framework", framework, "--output", str(tmp_path / "monitor.json")]
+    outcome = launch([str(ROOT / "benchmarks" / "monitor.py"), *options], 2)
     assert outcome.status == 0, outcome.output
     found = json.loads((tmp_path / "monitor.json").read_text())
     assert len(found) == 2 and all(entry["without"] > 0 and "overhead" in entry for entry in found.values())

@@ -202,6 +202,7 @@ def test_measuring_needs_a_job() -> None:
     "arguments",
     [
         ["estimate", "-p", "1e6"],
+        ["estimate", "-p", "nan", "-n", "2", "-b", "1"],
         ["estimate", "-n", "2", "-b", "1"],
         ["estimate", "-p", "1e6", "--model", "x:y", "-n", "2", "-b", "1"],
         ["estimate", "--measure", "-p", "1e6", "-n", "2"],

@@ -93,6 +93,15 @@ def test_what_is_copied_is_there_and_not_ignored(name: str) -> None:
     assert ignored.match_file(".git/config") and ignored.match_file(".venv/bin/python")
 
 
+def test_the_stage_of_tests_has_what_they_import() -> None:
+    steps = stages_of("Dockerfile")["test"]
+    copied = {value.split()[-1] for step, value in steps if step == "COPY"}
+    (command,) = (json.loads(value) for step, value in steps if step == "CMD")
+    files = [ROOT / word for word in command if word.startswith("tests/")]
+    needed = {folder for file in files for folder in re.findall(r'ROOT / "(\w+)"', file.read_text())}
+    assert len(files) > 2 and {"tests", "tools"} <= needed | {"tests"} <= copied
+
+
 def test_both_images_run_alike() -> None:
     cpu, gpu = (stages_of(name)["runtime"] for name in FILES)
     assert cpu == [step for step in gpu if not (step[0] == "ENV" and "NVIDIA_VISIBLE_DEVICES" in step[1])]

@@ -38,6 +38,20 @@ def test_every_recipe_is_explained() -> None:
         assert folder.name == "container" or all(file.name in text for file in others), folder
 
 
+def recommended() -> dict[str, str]:
+    """What docs/clusters.md says to set, so that a lost host ends the job."""
+    section = (ROOT / "docs/clusters.md").read_text().partition("### A host that is lost")[2].partition("\n## ")[0]
+    return dict(re.findall(r"\b((?:OMPI_MCA|HOROVOD)_\w+)=(\d+)", section))
+
+
+def of_mpi(settings: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if "GLOO" not in name}
+
+
+def test_settings_against_lost_hosts_are_found_in_the_docs() -> None:
+    assert {name.split("_")[0] for name in recommended()} == {"OMPI", "HOROVOD"} and len(recommended()) == 6
+
+
 # -- Kubernetes ---------------------------------------------------------------------------------------
 
 
@@ -100,6 +114,11 @@ def test_mpijob_fits_together_and_to_the_image(name: str) -> None:
     for container in (start, serve):
         assert container["securityContext"]["runAsNonRoot"] and container["resources"]["limits"]["memory"]
     assert ("gpu" in name) == ("nvidia.com/gpu" in serve["resources"]["limits"])
+    # Before the program, or they would be its own.
+    options = " ".join(start["args"][: start["args"].index("python")])
+    for setting, value in of_mpi(recommended()).items():
+        mca = setting.removeprefix("OMPI_MCA_")
+        assert (f"--mca {mca} {value}" if mca != setting else f"-x {setting}={value}") in options
 
 
 # -- Docker Compose -----------------------------------------------------------------------------------
@@ -117,6 +136,7 @@ def test_compose(tmp_path: Path) -> None:
     assert {host.split(":")[0] for host in hosts.split(",")} <= set(services)
     build = services["keys"]["build"]
     assert (file.parent / build["context"] / build["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    assert recommended().items() <= services["launcher"]["environment"].items()
 
 
 # -- scripts ------------------------------------------------------------------------------------------
@@ -139,7 +159,9 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     programs.mkdir()
     for name in ("srun", "mpirun"):
         program = programs / name
-        program.write_text(f'#!/bin/sh\n[ "$1" = --mpi=list ] && echo "$SRUN_MPI" && exit\necho {name} "$@"\n')
+        program.write_text(
+            f'#!/bin/sh\n[ "$1" = --mpi=list ] && echo "$SRUN_MPI" && exit\nenv >{tmp_path}/seen\necho {name} "$@"\n'
+        )
         program.chmod(0o755)
     environment = tmp_path / "job" / ".venv" / "bin"
     environment.mkdir(parents=True)
@@ -175,6 +197,20 @@ def test_mpirun_starts_the_ranks(allocation: dict[str, str]) -> None:
     mpirun.symlink_to(Path(allocation["PATH"].split(":")[0], "mpirun"))
     status, output = submit("mpirun.sbatch", allocation, "train.py")
     assert status == 0 and f"--prefix {mpirun.parent.parent} -x OPAL_PREFIX" in output
+
+
+def test_lost_hosts_end_the_job(allocation: dict[str, str], tmp_path: Path) -> None:
+    def seen() -> set[str]:
+        return set((tmp_path / "seen").read_text().splitlines())
+
+    settings = of_mpi(recommended())
+    output = submit("mpirun.sbatch", allocation, "train.py")[1]
+    assert {f"{name}={value}" for name, value in settings.items()} <= seen()
+    stalls = [name for name in settings if name.startswith("HOROVOD_")]
+    assert stalls and all(f"-x {name} " in output for name in stalls)
+    # With srun there are no daemons of Open MPI that could be lost.
+    submit("srun.sbatch", {**allocation, "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "7"}, "train.py")
+    assert {"HOROVOD_STALL_CHECK_TIME_SECONDS=60", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS=7"} <= seen()
 
 
 @pytest.mark.parametrize("script", ["srun.sbatch", "mpirun.sbatch"])

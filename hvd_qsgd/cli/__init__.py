@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -35,6 +36,10 @@ def _root(
 
 def main() -> None:
     """Run the command line; what a user can mend ends it with a message and no traceback (see ``STATUS``)."""
+    for stream in (sys.stdout, sys.stderr):
+        # Terminals that are not of UTF-8 lack the lines of tables.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except (HvdQsgdError, OSError) as error:

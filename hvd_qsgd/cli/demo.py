@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Train a small network on digits uncompressed, with 4 bits and with TopK; compare accuracy and bytes sent.
 
-    Takes some minutes, and the packages of pip install 'hvd-qsgd[torch,demo]'.
+    Takes some minutes. Needs torch, Horovod, mlxtend and matplotlib.
     """
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--ranks", str(ranks), "--epochs", str(epochs)]
     command += ["--launcher", launcher, "--output", str(output)]

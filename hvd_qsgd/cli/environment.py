@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hvd_qsgd.cli.output import AS_JSON, print_json
+from hvd_qsgd.cli.output import AS_JSON, print_json, waiting
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,8 @@ def doctor(as_json: bool = AS_JSON) -> None:
     """Look at versions, Horovod's build, MPI, the GPU and the network, and say what to fix; status 1 if there is."""
     from hvd_qsgd import doctor
 
-    findings = doctor.examine()
+    with waiting("Asking Horovod, MPI and the GPU"):
+        findings = doctor.examine()
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:

@@ -8,9 +8,9 @@ from typing import Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from hvd_qsgd.cli.output import AS_JSON, print_json
+from hvd_qsgd.cli.output import AS_JSON, print_json, waiting
 
 
 def register(app: typer.Typer) -> None:
@@ -42,6 +42,12 @@ def estimate(
 
     if (parameters is None) == (model is None):
         raise typer.BadParameter("give one of both", param_hint="--parameters or --model")
+    numbers = {
+        "--parameters": parameters, "--gbit": bandwidth, "--latency": latency, "--step": compute, "--backward": backward
+    }  # fmt: skip
+    for option, number in numbers.items():
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is no finite number", param_hint=option)
     count = int(parameters) if parameters is not None else estimate.count_parameters(str(model))
     hidden = (compute * 2 / 3 if backward is None else backward) / 1e3
     if measure:
@@ -54,7 +60,8 @@ def estimate(
         if ranks is None or bandwidth is None:
             raise typer.BadParameter("give both, or --measure under horovodrun", param_hint="--ranks and --gbit")
         situation = estimate.Situation(count, ranks, bandwidth * 1e9, latency / 1e3, compute / 1e3, hidden)
-        speeds = estimate.measure_codecs()
+        with waiting("Timing the codecs on this machine"):
+            speeds = estimate.measure_codecs()
     predictions = estimate.predict(situation, speeds)
     if as_json:
         print_json([dataclasses.asdict(p) | {"pays": p.pays} for p in predictions])
@@ -64,7 +71,7 @@ def estimate(
         f"{situation.parameters:,} parameters, {situation.ranks} ranks, {situation.bandwidth / 1e9:.3g} Gbit/s, "
         f"{situation.latency * 1e3:.3g} ms for a small collective{', as measured' if measure else ''}"
     )
-    table = Table("method", "exchange", "step, ms", "times faster", "pays up to")
+    table = Table(Column("method", min_width=21), "exchange", "step, ms", "times\nfaster", "pays up to")
     for p in predictions:
         limit = "any bandwidth" if math.isinf(p.break_even) else f"{p.break_even / 1e9:.3g} Gbit/s"
         limit = limit if p.break_even else "never" if p.exchange else ""
@@ -72,7 +79,10 @@ def estimate(
     console.print(table)
     best = max(predictions, key=lambda p: p.speedup)
     if best.pays and best.exchange:
-        console.print(f"Yes: {best.method} makes steps {best.speedup:.2f} times faster.")
+        console.print(
+            f"Yes: {best.method} makes steps {best.speedup:.2f} times faster. "
+            "That is time alone: TopK and 2 bits can cost accuracy, so begin with QSGD, 4 bits."
+        )
     elif best.pays:
         console.print(f"Rather not: {best.method} does as well, without this package.")
     else:
@@ -101,7 +111,8 @@ def bench(
                 t.method, f"{t.seconds * 1e3:.2f}", f"{times[0].seconds / t.seconds:.2f}", f"{t.sent / 1e6:.2f}"
             )
     else:
-        speeds = bench.codec_speeds()
+        with waiting("Timing the codecs on this machine"):
+            speeds = bench.codec_speeds()
         rows = [dataclasses.asdict(row) for row in speeds]
         table = Table("codec", "times smaller", "encode, GB/s", "decode, GB/s", title="float32 read or made a second")
         for s in speeds:

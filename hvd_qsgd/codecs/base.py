@@ -9,12 +9,14 @@ tested to produce the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from hvd_qsgd.codecs.looks import Looks
 from hvd_qsgd.errors import ConfigError, PayloadError
 
 #: What decoding does with its output: overwrite it, add to it, or subtract from it.
@@ -72,6 +74,43 @@ class Kernels(ABC):
         for index, (start, stop) in enumerate(spans):
             self.decode_into(message[start:stop], out, "add" if index else "set")
         out /= len(spans)
+
+    # -- the same for exchanges, in two parts: all that the host must see of a device, and then the work ----------
+
+    def prepare_encode(
+        self, x: Any, key: int = 0, first: int = 0, keep_error: bool = False
+    ) -> Looks[Callable[[Any], int]]:
+        """Look at what decides the size of the payload; the rest needs no look.
+
+        Returns:
+            What writes the payload into the start of an array and returns its size, as :meth:`encode_into` does, and
+            with ``keep_error`` leaves in ``x`` what the payload does not say.
+        """
+        yield from ()
+
+        def write(out: Any) -> int:
+            size = self.encode_into(x, out, key, first)
+            if keep_error:
+                self.decode_into(out[:size], x, "subtract")
+            return size
+
+        return write
+
+    def prepare_decode(self, payload: Any, length: int) -> Looks[Callable[[Any, str], None]]:
+        """Look at what tells whether ``payload`` is one of ``length`` elements.
+
+        Returns:
+            What sets, adds or subtracts the decoded values, as :meth:`decode_into` does.
+        """
+        yield from ()
+        return functools.partial(self.decode_into, payload)
+
+    def prepare_average(
+        self, message: Any, spans: Sequence[tuple[int, int]], length: int
+    ) -> Looks[Callable[[Any], None]]:
+        """The same for :meth:`average_into`: nothing is written before all payloads are known to be good."""
+        yield from ()
+        return functools.partial(self.average_into, message, spans)
 
     def with_memory(self, memory: dict[str, Any]) -> Kernels:
         """The kernels for one tensor of one rank, for codecs that learn from step to step.

@@ -13,6 +13,7 @@ import numpy as np
 
 from hvd_qsgd.codecs import sidco
 from hvd_qsgd.codecs.base import Kernels, check_choice, check_integer
+from hvd_qsgd.codecs.looks import Looks, at_once
 from hvd_qsgd.codecs.topk import ABS_MASK, INFINITY_BITS, TopK, largest_positions
 from hvd_qsgd.errors import ConfigError
 
@@ -67,15 +68,15 @@ class ThresholdTopK(TopK):
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         return Remembering(self, {}).encode_into(x, out, key, first)
 
-    def select(self, x: Any, memory: dict[str, Any], search: type[Search]) -> Any:
+    def select(self, x: Any, memory: dict[str, Any], search: type[Search]) -> Looks[Any]:
         """Ascending positions of what to send of finite values, none of them zero; arrays are those of ``search``."""
         wanted = self.kept(len(x))
         if wanted == len(x):
-            return search.above(x, 0.0)
+            return (yield from search.above(x, 0.0))
         if self.method == "reuse":
-            return self._reuse(x, memory, search, wanted)
+            return (yield from self._reuse(x, memory, search, wanted))
         if self.method == "sample":
-            return self._sample(x, search, wanted)
+            return (yield from self._sample(x, search, wanted))
         magnitudes = abs(x[x != 0])
         # The ratio counts all values, the fit knows those that are not zero.
         ratio = min(wanted / max(len(magnitudes), 1), 1.0)
@@ -83,55 +84,61 @@ class ThresholdTopK(TopK):
         if ratio < 1:
             fit = self.method.removeprefix("sidco-")
             guess = min(sidco.threshold(magnitudes, ratio, fit, memory.get("stages", 1), search.moments), LARGEST)
-        positions = search.above(x, guess)
+        positions = yield from search.above(x, guess)
         sidco.adapt(memory, len(positions) / max(wanted, 1), self.ratio or 1.0)
-        return self._at_most(x, positions, search, self.most(len(x)))
+        return (yield from self._at_most(x, positions, search, self.most(len(x))))
 
-    def _reuse(self, x: Any, memory: dict[str, Any], search: type[Search], wanted: int) -> Any:
+    def _reuse(self, x: Any, memory: dict[str, Any], search: type[Search], wanted: int) -> Looks[Any]:
         if memory.get("left", 0) > 0:
-            positions = search.above(x, memory["threshold"])
+            positions = yield from search.above(x, memory["threshold"])
             if wanted / 2 <= len(positions) <= MOST * wanted:
                 memory["left"] -= 1
                 return positions
-        positions = search.largest(x, wanted)
-        memory["threshold"] = float(abs(x[positions]).min()) if len(positions) else 0.0
+        positions = yield from search.largest(x, wanted)
+        kept = len(positions)
+        memory["threshold"] = (yield from search.ranked(abs(x[positions]), kept)) if kept else 0.0
         memory["left"] = self.every - 1
         return positions
 
-    def _sample(self, x: Any, search: type[Search], wanted: int) -> Any:
+    def _sample(self, x: Any, search: type[Search], wanted: int) -> Looks[Any]:
         stride = max(int(min(1 / SAMPLE_RATIO, (self.ratio or 1.0) * len(x) / 8)), 1)
         sample = abs(x[::stride])
-        guess = search.ranked(sample, min(max(round(wanted * len(sample) / len(x)), 1), len(sample)))
-        positions = search.above(x, guess)
+        guess = yield from search.ranked(sample, min(max(round(wanted * len(sample) / len(x)), 1), len(sample)))
+        positions = yield from search.above(x, guess)
         for _ in range(ATTEMPTS):
             if len(positions) >= LOWER * wanted:
                 break
             guess *= 0.8
-            positions = search.above(x, guess)
-        return self._at_most(x, positions, search, wanted) if len(positions) > UPPER * wanted else positions
+            positions = yield from search.above(x, guess)
+        return (
+            (yield from self._at_most(x, positions, search, wanted)) if len(positions) > UPPER * wanted else positions
+        )
 
-    def _at_most(self, x: Any, positions: Any, search: type[Search], count: int) -> Any:
+    def _at_most(self, x: Any, positions: Any, search: type[Search], count: int) -> Looks[Any]:
         """The ``count`` largest of some positions."""
-        return positions if len(positions) <= count else positions[search.largest(x[positions], count)]
+        return positions if len(positions) <= count else positions[(yield from search.largest(x[positions], count))]
 
 
 class Search:
-    """What a selection by threshold asks of a backend; here of NumPy."""
+    """What a selection by threshold asks of a backend; here of NumPy, which never looks."""
 
     @staticmethod
-    def above(x: Any, threshold: float) -> Any:
+    def above(x: Any, threshold: float) -> Looks[Any]:
         """Ascending positions of magnitudes of at least ``threshold`` rounded to float32, and above zero."""
+        yield from ()
         return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
 
     @staticmethod
-    def largest(x: Any, count: int) -> Any:
+    def largest(x: Any, count: int) -> Looks[Any]:
         """Ascending positions of the ``count`` largest magnitudes, of equal ones the first; never of zeros."""
+        yield from ()
         magnitudes = x.view(np.uint32) & ABS_MASK
         return largest_positions(magnitudes, min(count, int(np.count_nonzero(magnitudes))))
 
     @staticmethod
-    def ranked(magnitudes: Any, rank: int) -> float:
+    def ranked(magnitudes: Any, rank: int) -> Looks[float]:
         """The ``rank``-th largest, from 1."""
+        yield from ()
         return float(np.partition(magnitudes, len(magnitudes) - rank)[len(magnitudes) - rank])
 
     @staticmethod
@@ -150,7 +157,7 @@ class Remembering(Kernels):
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
         if x.size and (x.view(np.uint32) & ABS_MASK).max() >= INFINITY_BITS:
             return self.codec.write_not_finite(out)
-        return self.codec.write(x, self.codec.select(x, self.memory, Search), out)
+        return self.codec.write(x, at_once(self.codec.select(x, self.memory, Search)), out)
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         self.codec.decode_into(payload, out, mode)

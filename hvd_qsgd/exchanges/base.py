@@ -12,13 +12,14 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels
+from hvd_qsgd.codecs.looks import Looks, together
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.random_words import key_of
 
@@ -75,6 +76,7 @@ def phase_of(request: Request) -> str:
     return request.op if "int" in str(request.array.dtype) else f"{request.op}_float"
 
 
+T = TypeVar("T")
 Steps = Generator[Request, Any, None]
 
 
@@ -206,14 +208,12 @@ class Job:
         parts = [*(found for found, _, _ in self._expected), *(finite_flag(piece.out) for piece in kept)]
         if not parts:
             return
-        seen = yield ToHost(f"{self.name}.seen", end_to_end(parts))
-        at = 0
-        for _, expected, detail in self._expected:
-            if seen[at : at + len(expected)].tobytes() != expected:
+        seen = yield from look(self, parts)
+        for (_, expected, detail), found in zip(self._expected, seen):
+            if found.tobytes() != expected:
                 raise self.disagreement(detail)
-            at += len(expected)
-        for piece, flag in zip(kept, seen[at:]):
-            piece.finite = bool(flag)
+        for piece, flag in zip(kept, seen[len(self._expected) :]):
+            piece.finite = bool(flag[0])
 
     def check_bits(self, exchange: str) -> int:
         """Low bits of the fingerprint, which differ as well when two ranks draw other common random words.
@@ -259,7 +259,10 @@ def is_torch(array: Any) -> bool:
 
 def as_bytes(array: Any) -> Any:
     """The memory of an array of any backend, uint8."""
-    return array.view(_torch().uint8 if is_torch(array) else np.uint8)
+    if not is_torch(array):
+        return array.view(np.uint8)
+    # An empty tensor that came from NumPy has stride 0, and view refuses it.
+    return array.view(_torch().uint8) if len(array) else array.new_empty(0, dtype=_torch().uint8)
 
 
 def write_words(message: Any, words: Sequence[int]) -> None:
@@ -268,11 +271,60 @@ def write_words(message: Any, words: Sequence[int]) -> None:
     message[: len(data)] = sent(message, data) if is_torch(message) else np.frombuffer(data, np.uint8)
 
 
+def words_of(data: Any) -> list[int]:
+    """The inverse of :func:`little_endian`, of an array of the host's bytes, which may be cut short."""
+    return [int(word) for word in np.frombuffer(data.tobytes()[: len(data) // 4 * 4], "<u4")]
+
+
 def read_words(message: Any, name: str) -> Generator[Request, Any, list[int]]:
     """The little-endian uint32 words of a message of any backend's bytes."""
-    head = (yield ToHost(name, message)) if is_torch(message) else message
-    # What came may be cut short.
-    return [int(word) for word in np.frombuffer(head.tobytes()[: len(head) // 4 * 4], "<u4")]
+    return words_of((yield ToHost(name, message)) if is_torch(message) else message)
+
+
+def read_heads(messages: Any, lengths: Sequence[int], name: str) -> Generator[Request, Any, list[list[int]]]:
+    """The words at the start of each of some messages that lie end to end.
+
+    A message is a head of so many bytes (``lengths``), whose words from the second on are the sizes of the payloads
+    that follow. So where a message begins is said by those before it, and on a device it is the device that goes from
+    one to the next: the host looks once. What cannot be right is cut short, or other bytes of ``messages``.
+    """
+    if not is_torch(messages):
+        found, at = [], 0
+        for length in lengths:
+            found.append(words_of(messages[at : at + length]))
+            at += length + sum(map(aligned, found[-1][1:]))
+        return found
+    torch = _torch()
+    heads, start = [], torch.zeros(1, dtype=torch.int64, device=messages.device)
+    for length in lengths:
+        places = start + torch.arange(length, device=messages.device)
+        heads.append(messages[places.clamp(max=len(messages) - 1)])
+        sizes = heads[-1][4:].view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        start = start + length + aligned(sizes).sum()
+    seen = yield ToHost(name, torch.cat(heads))
+    return [words_of(head) for head in np.split(seen, np.cumsum(lengths)[:-1])]
+
+
+def look(job: Job, arrays: Sequence[Any]) -> Generator[Request, Any, list[Any]]:
+    """Some flat arrays of a job's backend as the host sees them; those of a device come with one copy."""
+    if not arrays or not is_torch(arrays[0]):
+        return list(arrays)
+    data = yield ToHost(f"{job.name}.look", end_to_end(arrays))
+    parts = np.split(data, np.cumsum([array.nbytes for array in arrays])[:-1])
+    return [part.view(str(array.dtype).removeprefix("torch.")) for array, part in zip(arrays, parts)]
+
+
+def prepared(job: Job, several: Iterable[Looks[T]]) -> Generator[Request, Any, list[T]]:
+    """What ``prepare_*`` of kernels return, with one copy to the host for all that several look at at a time."""
+    looks = together(several)
+    seen: Any = None
+    while True:
+        try:
+            arrays = looks.send(seen)
+        except StopIteration as stop:
+            value: list[T] = stop.value
+            return value
+        seen = yield from look(job, arrays)
 
 
 def sent(like: Any, data: bytes) -> Any:
@@ -288,7 +340,7 @@ def end_to_end(parts: Sequence[Any]) -> Any:
 
 
 def finite_flag(values: Any) -> Any:
-    """One byte on the device of some values: 1 if all are finite."""
+    """One boolean on the device of some values: 1 if all are finite."""
     return (abs(values) < float("inf")).all().view(1)
 
 
@@ -296,8 +348,8 @@ def all_finite(job: Job, arrays: Sequence[Any]) -> Generator[Request, Any, list[
     """Which of some arrays hold neither NaN nor an infinity; one copy to the host for all of them."""
     if not arrays or not is_torch(arrays[0]):
         return [job.kernels.all_finite(array) for array in arrays]
-    flags = yield ToHost(f"{job.name}.finite", end_to_end([finite_flag(array) for array in arrays]))
-    return [bool(flag) for flag in flags]
+    flags = yield from look(job, [finite_flag(array) for array in arrays])
+    return [bool(flag[0]) for flag in flags]
 
 
 def _torch() -> Any:
@@ -320,8 +372,8 @@ def ring_bytes(size: int, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * size
 
 
-def aligned(size: int) -> int:
-    """Bytes of a payload with what stands between it and the next."""
+def aligned(size: Any) -> Any:
+    """Bytes that a payload takes in a message; of a number, or of each in a tensor."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -8,13 +8,25 @@ and r = beta * r + (1 - beta) * ||mean||^2 is the same on all ranks, because mea
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any
 
 import numpy as np
 
 from hvd_qsgd.codecs.intsgd import IntSGD
 from hvd_qsgd.exchanges.allreduce import allreduce
-from hvd_qsgd.exchanges.base import CHECK_BITS, AllReduce, Exchange, Job, Piece, Steps, Work, ring_bytes
+from hvd_qsgd.exchanges.base import (
+    CHECK_BITS,
+    AllReduce,
+    Exchange,
+    Job,
+    Piece,
+    Steps,
+    Work,
+    all_finite,
+    look,
+    ring_bytes,
+)
 from hvd_qsgd.exchanges.linear import checked_sum
 from hvd_qsgd.kernels import kernels_of
 
@@ -28,8 +40,7 @@ def intsgd(job: Job) -> Steps:
         yield from allreduce(first)
         yield from first.finish()
         job.wire_bytes += first.wire_bytes
-        for piece in job.pieces:
-            _learn(job, piece, codec.beta)
+        yield from _learn(job, codec.beta)
         return
     kernels: Any = kernels_of(codec.grid, job.pieces[0].x)
     scales = [np.float32(codec.grid.levels * step_size(codec, piece, job.ranks)) for piece in job.pieces]
@@ -37,11 +48,11 @@ def intsgd(job: Job) -> Steps:
     # Ranks whose grids differ, by another processor's sums perhaps, must not add up.
     grids = int.from_bytes(hashlib.blake2b(np.array(scales).tobytes(), digest_size=4).digest(), "little")
     check = (job.fingerprint("intsgd") ^ grids) & ((1 << CHECK_BITS) - 1)
-    message = job.empty(2 + sum(1 + length for length in lengths), "int32")
+    *starts, end = itertools.accumulate((1 + length for length in lengths), initial=2)
+    message = job.empty(end, "int32")
     message[0], message[1] = 1, check
-    at = 2
-    for piece, scale, length in zip(job.pieces, scales, lengths):
-        finite = job.kernels.all_finite(piece.x)
+    of_pieces = yield from all_finite(job, [piece.x for piece in job.pieces])
+    for piece, scale, length, at, finite in zip(job.pieces, scales, lengths, starts, of_pieces):
         lanes = message[at + 1 : at + 1 + length]
         message[at] = int(not finite)
         if finite:
@@ -55,21 +66,19 @@ def intsgd(job: Job) -> Steps:
         else:
             lanes[...] = 0
         piece.payload_bytes = 4 * (1 + length)
-        at += 1 + length
 
     sums = yield AllReduce(f"{job.name}.integers", message, "sum")
 
     job.wire_bytes += ring_bytes(4 * len(message), job.ranks)
     contributors = yield from checked_sum(job, sums, check)
-    at = 2
-    for piece, scale, length in zip(job.pieces, scales, lengths):
-        if int(sums[at]):
+    spoiled = yield from look(job, [sums[at : at + 1] for at in starts])
+    for piece, scale, length, at, flag in zip(job.pieces, scales, lengths, starts, spoiled):
+        if int(flag[0]):
             piece.out[...] = float("nan")
         else:
             lanes = sums[at + 1 : at + 1 + length]
             kernels.from_lanes(lanes, _agreed(job, codec, piece, scale), job.ranks, piece.out, contributors)
-        _learn(job, piece, codec.beta)
-        at += 1 + length
+    yield from _learn(job, codec.beta)
 
 
 def step_size(codec: IntSGD, piece: Piece, ranks: int) -> float:
@@ -77,13 +86,13 @@ def step_size(codec: IntSGD, piece: Piece, ranks: int) -> float:
     return float((2 * ranks * piece.memory["square"] / len(piece.x)) ** 0.5 / codec.fineness)
 
 
-def _learn(job: Job, piece: Piece, beta: float) -> None:
-    """Follow the squared norm of the mean, if it is finite."""
-    if not job.kernels.all_finite(piece.out):
-        return
-    square = float((piece.out * piece.out).sum())
-    before = piece.memory.get("square")
-    piece.memory["square"] = beta * before + (1 - beta) * square if before else square
+def _learn(job: Job, beta: float) -> Steps:
+    """Follow the squared norms of the means, as far as they are finite."""
+    squares = yield from look(job, [(piece.out * piece.out).sum()[None] for piece in job.pieces])
+    for piece, (square,) in zip(job.pieces, squares):
+        if np.isfinite(square):
+            before = piece.memory.get("square")
+            piece.memory["square"] = beta * before + (1 - beta) * float(square) if before else float(square)
 
 
 def _agreed(job: Job, codec: IntSGD, piece: Piece, scale: np.float32) -> Any:

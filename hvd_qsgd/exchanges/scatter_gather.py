@@ -6,7 +6,7 @@ Known as scatter-reduce-allgather in CGX (Markov et al., Middleware 2022, arXiv 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from operator import gt
 from typing import Any
 
@@ -22,7 +22,8 @@ from hvd_qsgd.exchanges.base import (
     Work,
     aligned,
     other_message,
-    read_words,
+    prepared,
+    read_heads,
     shards_of,
     write_words,
 )
@@ -36,60 +37,72 @@ def scatter_gather(job: Job) -> Steps:
     """
     messages, shards = ShardMessages(job), shards_of(job)
     own = shards[job.rank]
-
-    def encode(segment: Segment, room: Any) -> int:
-        piece, x = segment.piece, segment.of(segment.piece.x)
-        size = job.kernels.encode_into(x, room, piece.key(), segment.first)
-        if piece.keep_error:
-            job.kernels.decode_into(room[:size], x, "subtract")
-        piece.payload_bytes += size
-        return size
-
-    message = job.empty(sum(messages.room(segments) for segments in shards), "uint8")
+    segments = [segment for shard in shards for segment in shard]
+    writes = yield from prepared(
+        job,
+        (job.kernels.prepare_encode(s.of(s.piece.x), s.piece.key(), s.first, s.piece.keep_error) for s in segments),
+    )
+    message = job.empty(sum(messages.room(shard) for shard in shards), "uint8")
+    left = iter(writes)
     splits: list[int] = []
-    for segments in shards:
-        splits.append(messages.write(segments, message[sum(splits) :], encode))
+    for shard in shards:
+        sizes, end = messages.write(shard, message[sum(splits) :], left)
+        splits.append(end)
+        for segment, size in zip(shard, sizes):
+            segment.piece.payload_bytes += size
 
     received, received_sizes = yield AllToAll(f"{job.name}.alltoall", message[: sum(splits)], splits)
 
+    heads = yield from messages.heads([own] * job.ranks, received)
     at, payloads = 0, []
     for rank, size in enumerate(received_sizes):
-        spans, end = yield from messages.read(own, received, at, rank)
+        spans, end = messages.spans(own, received, at, rank, heads[rank])
         at += size
         if end != at:
             raise job.disagreement(f"rank {rank} sent {size} bytes where {end - at + size} were expected")
         payloads.append(spans)
-
-    of_segments = zip(*payloads)
-
-    def average(segment: Segment, room: Any) -> int:
-        piece, mean = segment.piece, segment.of(segment.piece.out)
+    averages = yield from prepared(
+        job, (job.kernels.prepare_average(received, of_one, s.stop - s.start) for s, of_one in zip(own, zip(*payloads)))
+    )
+    means = []
+    for segment, average in zip(own, averages):
+        mean = segment.of(segment.piece.out)
         if mean.dtype.itemsize < 4:
             # The mean is rounded to codes, not first to the type of the gradient.
             mean = job.empty(len(mean), "float32")
-        job.kernels.average_into(received, next(of_segments), mean)
-        size = job.kernels.encode_into(mean, room, piece.key(phase=1), segment.first)
-        if piece.keep_error:
-            # What the second rounding loses, this rank adds to its next gradient.
-            job.kernels.decode_into(room[:size], mean, "subtract")
-            mean *= job.ranks
-            residual = segment.of(piece.x)
-            residual += mean
-        return size
-
+        average(mean)
+        means.append(mean)
+    writes = yield from prepared(
+        job,
+        (
+            job.kernels.prepare_encode(mean, s.piece.key(phase=1), s.first, s.piece.keep_error)
+            for s, mean in zip(own, means)
+        ),
+    )
     # In the memory of what has been sent by now, of which this rank's shard was a part.
-    reply = message[: messages.write(own, message, average)]
+    reply = message[: messages.write(own, message, iter(writes))[1]]
+    for segment, mean in zip(own, means):
+        if segment.piece.keep_error:
+            # What the second rounding loses, this rank adds to its next gradient.
+            mean *= job.ranks
+            residual = segment.of(segment.piece.x)
+            residual += mean
 
     gathered = yield AllGather(f"{job.name}.allgather", reply)
 
     job.wire_bytes += sum(splits) - splits[job.rank] + len(gathered) - len(reply)
-    at = 0
-    for rank, segments in enumerate(shards):
-        spans, at = yield from messages.read(segments, gathered, at, rank)
-        for segment, (start, stop) in zip(segments, spans):
-            job.kernels.decode_into(gathered[start:stop], segment.of(segment.piece.out), "set")
+    heads = yield from messages.heads(shards, gathered)
+    at, payloads = 0, []
+    for rank, shard in enumerate(shards):
+        spans, at = messages.spans(shard, gathered, at, rank, heads[rank])
+        payloads += [gathered[start:stop] for start, stop in spans]
     if at != len(gathered):
         raise job.disagreement(f"{len(gathered)} bytes of means came where {at} were expected")
+    decodes = yield from prepared(
+        job, (job.kernels.prepare_decode(payload, s.stop - s.start) for s, payload in zip(segments, payloads))
+    )
+    for segment, decode in zip(segments, decodes):
+        decode(segment.of(segment.piece.out), "set")
 
 
 class ShardMessages:
@@ -99,42 +112,46 @@ class ShardMessages:
         self.job = job
         self.fingerprint = job.fingerprint("scatter_gather")
 
-    def room(self, segments: list[Segment]) -> int:
+    def room(self, shard: list[Segment]) -> int:
         """Bytes that a message takes at most; those that it takes if the sizes do not vary."""
-        return self._head(segments) + sum(aligned(self._most(segment)) for segment in segments)
+        return self._head(shard) + sum(aligned(self._most(segment)) for segment in shard)
 
-    def write(self, segments: list[Segment], message: Any, encode: Callable[[Segment, Any], int]) -> int:
-        """Fill a message with what ``encode`` makes of each segment; returns its length."""
-        at = self._head(segments)
-        words = [self.fingerprint]
-        for segment in segments:
-            size = encode(segment, message[at : at + self._most(segment)])
-            if self.job.codec.variable_size:
-                words.append(size)
+    def write(
+        self, shard: list[Segment], message: Any, writes: Iterator[Callable[[Any], int]]
+    ) -> tuple[list[int], int]:
+        """Fill a message with what the next of ``writes`` write; returns the sizes of its payloads and its length."""
+        at, sizes = self._head(shard), []
+        # The next of writes belongs to the next shard.
+        for segment in shard:
+            size = next(writes)(message[at : at + self._most(segment)])
+            sizes.append(size)
             at += aligned(size)
-        write_words(message, words)
-        return at
+        write_words(message, [self.fingerprint, *(sizes if self.job.codec.variable_size else [])])
+        return sizes, at
 
-    def read(
-        self, segments: list[Segment], message: Any, at: int, rank: int
-    ) -> Generator[Request, Any, tuple[list[tuple[int, int]], int]]:
-        """Where the payloads stand in the message of a rank that begins at ``at``, and where it ends.
+    def heads(self, shards: list[list[Segment]], messages: Any) -> Generator[Request, Any, list[list[int]]]:
+        """The words at the start of the messages that carry some shards; none if sizes do not vary."""
+        if not self.job.codec.variable_size:
+            return [[] for _ in shards]
+        return (yield from read_heads(messages, [self._head(shard) for shard in shards], f"{self.job.name}.heads"))
+
+    def spans(
+        self, shard: list[Segment], message: Any, at: int, rank: int, words: list[int]
+    ) -> tuple[list[tuple[int, int]], int]:
+        """Where the payloads stand in the message of a rank that begins at ``at`` with ``words``, and where it ends.
 
         Raises:
             ExchangeError: it is another message than was expected.
         """
         detail = other_message(rank)
-        head = message[at : at + self._head(segments)]
-        most = [self._most(segment) for segment in segments]
-        sizes = most
+        sizes = most = [self._most(segment) for segment in shard]
         if self.job.codec.variable_size:
-            words = yield from read_words(head, f"{self.job.name}.{rank}")
             sizes = words[1:]
             if words[:1] != [self.fingerprint] or len(sizes) != len(most) or any(map(gt, sizes, most)):
                 raise self.job.disagreement(detail)
         else:
-            self.job.expect(head, [self.fingerprint], detail)
-        at += self._head(segments)
+            self.job.expect(message[at : at + self._head(shard)], [self.fingerprint], detail)
+        at += self._head(shard)
         spans = []
         for size in sizes:
             spans.append((at, at + size))
@@ -143,8 +160,8 @@ class ShardMessages:
             raise self.job.disagreement(detail)
         return spans, at
 
-    def _head(self, segments: list[Segment]) -> int:
-        return 4 * (1 + len(segments) * self.job.codec.variable_size)
+    def _head(self, shard: list[Segment]) -> int:
+        return 4 * (1 + len(shard) * self.job.codec.variable_size)
 
     def _most(self, segment: Segment) -> int:
         return self.job.codec.payload_size(segment.stop - segment.start)

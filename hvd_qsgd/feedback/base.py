@@ -26,6 +26,8 @@ class Feedback(ABC):
     name: ClassVar[str]
     #: Whether an error is only partly fed back.
     damped: ClassVar[bool] = False
+    #: Whether the memories of the ranks must fit together, see :meth:`check`.
+    linked: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.start()
@@ -53,7 +55,7 @@ class Feedback(ABC):
     def check(self, average: Callable[[str, Any], Any]) -> None:
         """Raise ExchangeError if what must hold between the memories of the ranks does not.
 
-        ``average`` gives the mean over ranks of an array under a name.
+        ``average`` gives the mean over ranks of an array under a name; all ranks must ask in the same order.
         """
         return None
 

@@ -80,5 +80,7 @@ class MomentumCorrection(Feedback):
     def _clipped(self, x: Any, ranks: int) -> Any:
         if self.clip is None:
             return x
-        norm, limit = float((x * x).sum()) ** 0.5, self.clip / ranks**0.5
-        return x * (limit / norm) if norm > limit else x
+        limit = self.clip / ranks**0.5
+        # An array of one element, so that nobody waits for a device.
+        norm = (x * x).sum()[None] ** 0.5
+        return x * (limit / norm.clip(limit, None))

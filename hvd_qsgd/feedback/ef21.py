@@ -17,8 +17,9 @@ from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.feedback.base import Feedback
 from hvd_qsgd.feedback.store import Store
 
-#: What rounding may add to the difference of g and mean g_i, relative to their largest value.
-TOLERANCE = 1e-3
+#: What rounding may add to the difference of g and mean g_i, relative to their largest value: 1 % was seen a few steps
+#: after gradients had become 10^5 times smaller.
+TOLERANCE = 3e-2
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class EF21(Feedback):
     """
 
     name: ClassVar[str] = "ef21"
+    linked: ClassVar[bool] = True
 
     def start(self) -> None:
         self.own = Store()
@@ -62,7 +64,7 @@ class EF21(Feedback):
         return {**means, **{f"own/{path.removeprefix('mean/')}": array + 0 for path, array in means.items()}}
 
     def check(self, average: Callable[[str, Any], Any]) -> None:
-        for name in self.own.names():
+        for name in sorted(self.own.names()):
             estimate, averaged = self.mean.get(name), average(name, self.own.get(name))
             error, largest = float(abs(estimate - averaged).max()), float(abs(averaged).max())
             if not error <= TOLERANCE * largest:

@@ -1,8 +1,10 @@
 """Pipelines of stages that send compressed activations forward and compressed gradients back.
 
-from hvd_qsgd import QSGD
-from hvd_qsgd.pipeline import Direction, Pipeline
-pipeline = Pipeline(stages, forward=Direction(QSGD(8)), backward=Direction(QSGD(8)))
+    from hvd_qsgd import QSGD
+    from hvd_qsgd.pipeline import Direction, Pipeline
+    pipeline = Pipeline(stages, forward=Direction(QSGD(8)), backward=Direction(QSGD(8)))
+
+Every rank makes the same call; it keeps the stage that is its own.
 """
 
 from hvd_qsgd.pipeline.base import split

@@ -50,7 +50,7 @@ class Accordion(Policy):
         return self.every_codec()
 
     def codec(self, tensor: Tensor) -> Codec:
-        return self.high if tensor.name in self._calm else self.low
+        return self.high if tensor.key in self._calm else self.low
 
     def every_codec(self) -> Sequence[Codec]:
         return (self.low, self.high)
@@ -60,10 +60,10 @@ class Accordion(Policy):
         return {"policy": "accordion", **codecs, "threshold": self.threshold, "every": self.every}
 
     def observe(self, tensor: Tensor, gradient: Any) -> None:
-        if tensor.name in self._sums:
-            self._sums[tensor.name] += gradient
+        if tensor.key in self._sums:
+            self._sums[tensor.key] += gradient
         else:
-            self._sums[tensor.name] = gradient + 0
+            self._sums[tensor.key] = gradient + 0
 
     def decide(self, epoch: int, learning_rate: float | None = None) -> dict[str, int]:
         norms = {name: float((total * total).sum()) ** 0.5 for name, total in self._sums.items()}

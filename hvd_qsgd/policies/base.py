@@ -13,14 +13,26 @@ from hvd_qsgd.codecs.base import Codec
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a policy knows of a tensor."""
+    """What a policy knows of a tensor.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+        index: of its optimizer, whose parameters may have the names of those of another one; -1 without an optimizer.
+    """
 
     name: str
     shape: tuple[int, ...]
+    index: int = -1
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def key(self) -> str:
+        """What is remembered of the tensor stands under this."""
+        return self.name if self.index < 0 else f"{self.index}/{self.name}"
 
 
 class Policy(ABC):

@@ -51,7 +51,7 @@ class LGreCo(Policy):
         return self._codecs
 
     def codec(self, tensor: Tensor) -> Codec:
-        return self._codecs[self._chosen.get(tensor.name, self.default)]
+        return self._codecs[self._chosen.get(tensor.key, self.default)]
 
     def every_codec(self) -> Sequence[Codec]:
         return self._codecs
@@ -61,10 +61,10 @@ class LGreCo(Policy):
         return {"policy": "lgreco", "choices": codecs, "default": self.default, "every": self.every}
 
     def observe(self, tensor: Tensor, gradient: Any) -> None:
-        if tensor.name in self._last and len(self._last[tensor.name]) == len(gradient):
-            self._last[tensor.name][...] = gradient
+        if tensor.key in self._last and len(self._last[tensor.key]) == len(gradient):
+            self._last[tensor.key][...] = gradient
         else:
-            self._last[tensor.name] = gradient + 0
+            self._last[tensor.key] = gradient + 0
 
     def decide(self, epoch: int, learning_rate: float | None = None) -> dict[str, int]:
         if epoch % self.every or not self._last:

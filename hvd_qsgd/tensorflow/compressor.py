@@ -36,6 +36,7 @@ from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
 from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site
@@ -115,6 +116,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             kernels_for(codec, kernels)
         self.codec = codec
         self.kernels = kernels
+
+    def _begin(self, monitor: Monitor | None = None) -> None:
+        super()._begin(monitor)
         self._names = VariableNames()
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0
@@ -149,7 +153,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         if site.grouped:
             # Horovod wants the tensors of a group to be of one type.
             dtype = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
-        return tf.ones([], dtype), ticket
+        # No constant: what follows from constants TensorFlow computes when it optimizes the graph, Horovod's allreduce
+        # included, and so a rank that retraces would wait for others, which do not.
+        return tf.cast(ticket.departure.token >= 0, dtype), ticket
 
     @class_or_instance
     @tf.autograph.experimental.do_not_convert

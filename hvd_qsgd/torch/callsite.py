@@ -23,7 +23,7 @@ from hvd_qsgd.errors import UnsupportedError
 
 #: Frames between compress() and the Horovod function: list comprehensions and wrappers of ours.
 DEPTH = 8
-OPERATIONS = {hvd.Average: "Average", hvd.Sum: "Sum", hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max"}
+OPERATIONS = {hvd.Adasum: "Adasum", hvd.Min: "Min", hvd.Max: "Max", hvd.Product: "Product"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CallSite:
         optimizer: the distributed optimizer that is calling, or None.
         parameter: whose gradient the tensor is, or None.
         grouped: whether the result goes into a grouped allreduce, whose tensors share a device.
-        synchronizing: called by ``optimizer.synchronize()`` and not by a gradient hook.
+        again: the tensor is a result of ``synchronize()`` that ``step()`` hands in once more.
     """
 
     name: str
@@ -46,7 +46,7 @@ class CallSite:
     optimizer: Any = None
     parameter: Any = None
     grouped: bool = False
-    synchronizing: bool = False
+    again: bool = False
 
     @cached_property
     def ranks(self) -> int:
@@ -78,18 +78,34 @@ def find_call_site(tensor: torch.Tensor) -> CallSite:
 def _from_optimizer(frame: FrameType, tensor: torch.Tensor) -> CallSite:
     variables = frame.f_locals  # Python makes it anew each time
     optimizer, parameter = variables["self"], variables["p"]
-    caller = frame.f_back.f_code if frame.f_back else None
+    _check_operation(optimizer.op)
     return CallSite(
         name=optimizer._parameter_names[parameter],
         process_set=optimizer.process_set,
         optimizer=optimizer,
         parameter=parameter,
-        synchronizing=caller is _DistributedOptimizer.synchronize.__code__,
+        again=_comes_again(frame),
     )
+
+
+def _comes_again(frame: FrameType) -> bool:
+    """Whether ``step()`` synchronizes what ``synchronize()`` has left, as without ``skip_synchronize()``.
+
+    That ``optimizer._synchronized`` is set does not tell: it stays set where a gradient scaler skips the step.
+    """
+    caller = frame.f_back
+    if caller is None or caller.f_code is not _DistributedOptimizer.synchronize.__code__:
+        return False
+    above = caller.f_back
+    if above is None or above.f_code is not _DistributedOptimizer.step.__code__:
+        return False
+    # Horovod puts there whose gradients a backward pass has made since.
+    return frame.f_locals["self"]._synchronized and not caller.f_locals["completed"]
 
 
 def _from_optimizer_group(frame: FrameType, tensor: torch.Tensor) -> CallSite:
     optimizer = frame.f_locals["self"]
+    _check_operation(optimizer.op)
     parameter = next(p for p in frame.f_locals["ps"] if p.grad is tensor)
     return CallSite(
         name=optimizer._parameter_names[parameter],
@@ -107,25 +123,33 @@ def _from_allreduce(frame: FrameType, tensor: torch.Tensor) -> CallSite:
 
 def _from_grouped_allreduce(frame: FrameType, tensor: torch.Tensor) -> CallSite:
     name = _checked_name(frame, tensor)
-    index = next(i for i, member in enumerate(frame.f_locals["tensors"]) if member is tensor)
+    index, *others = (i for i, member in enumerate(frame.f_locals["tensors"]) if member is tensor)
+    if others:
+        raise UnsupportedError(
+            f"hvd.grouped_allreduce got one tensor twice, at {index} and {others[0]} of its list, and a compressor "
+            f"cannot tell which of them it is asked for. Pass it once, or tensor.clone()."
+        )
     full_name = f"{name or _unnamed(tensor)}.{index}"
     return CallSite(full_name, frame.f_locals["process_set"], named=name is not None, grouped=True)
 
 
 def _checked_name(frame: FrameType, tensor: torch.Tensor) -> str | None:
-    # The function resolves its arguments only after it compressed: do the same here.
-    operation = frame.f_locals["op"]
-    if operation not in (None, hvd.Average, hvd.Sum):
-        raise UnsupportedError(
-            f"op={OPERATIONS.get(operation, operation)} cannot be combined with compression: only the mean and the sum "
-            f"of compressed tensors are defined. Use op=hvd.Average or op=hvd.Sum, or compression=hvd.Compression.none."
-        )
+    _check_operation(frame.f_locals["op"])
     if tensor.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
             "A tensor that requires a gradient came to a compressed allreduce, which is not differentiable. "
             "Pass tensor.detach(), or compression=hvd.Compression.none."
         )
     return frame.f_locals["name"]
+
+
+def _check_operation(operation: Any) -> None:
+    # Allreduces resolve the default, None, only after they compressed.
+    if operation not in (None, hvd.Average, hvd.Sum):
+        raise UnsupportedError(
+            f"op={OPERATIONS.get(operation, operation)} cannot be combined with compression: only the mean and the sum "
+            f"of compressed tensors are defined. Use op=hvd.Average or op=hvd.Sum, or compression=hvd.Compression.none."
+        )
 
 
 def _unnamed(tensor: torch.Tensor) -> str:

@@ -20,9 +20,10 @@ from hvd_qsgd.codecs import Codec
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
 from hvd_qsgd.compressor import CompressorBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
-from hvd_qsgd.errors import ConfigError, UnsupportedError
+from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
@@ -42,7 +43,7 @@ class Context:
     """What ``decompress`` must know of a tensor whose exchange is under way."""
 
     site: CallSite
-    key: str
+    described: Tensor
     tensor: torch.Tensor
     #: Receives the mean; may be the tensor's own memory.
     out: Any = None
@@ -81,8 +82,6 @@ class OptimizerState:
     codecs: dict[str, Codec] = field(default_factory=dict)
     #: Compares the settings of all ranks; None once they were found equal.
     agreement: Agreement | None = None
-    #: Whether gradients came since the last synchronize().
-    fresh: bool = False
     #: Of exchange="auto".
     rehearsal: Rehearsal = field(default_factory=Rehearsal)
     decision: Decision | None = None
@@ -117,6 +116,9 @@ class Compressor(CompressorBase):
             raise ConfigError(
                 f"exchange='auto' decides for one codec, and {self.policy} has several or none. Leave exchange= out."
             )
+
+    def _begin(self, monitor: Monitor | None = None) -> None:
+        super()._begin(monitor)
         self._optimizers: weakref.WeakKeyDictionary[Any, OptimizerState] = weakref.WeakKeyDictionary()
         self._optimizers_seen = 0
         self._advisor = Advisor()
@@ -141,11 +143,13 @@ class Compressor(CompressorBase):
         """
         site = find_call_site(tensor)
         state = self._state_of(site)
-        key = site.name if state is None else f"{state.index}/{site.name}"
-        if state is not None and self._already_synchronized(site, state):
+        described = tensor_of(site.name, tensor, state)
+        key = described.key
+        if site.again:
+            # All ranks hold the same bits. Compressing them once more would lose accuracy and spoil the residuals.
             return carrier_for(site, tensor), Unchanged(tensor)
         measures = self.monitor is not None and self.monitor.starts(key)
-        reason = self._bypass_reason(site.name, tensor, site.ranks)
+        reason = self._bypass_reason(described, tensor.dtype, site.ranks)
         if reason:
             return self._bypass(key, tensor, site, reason)
         if self.exchange == AUTO:
@@ -157,24 +161,33 @@ class Compressor(CompressorBase):
                 return carried, Undecided(site, unchanged)
             if decision.exchange == UNCOMPRESSED:
                 return self._bypass(key, tensor, site, f'exchange="auto": {decision}')
-        if self._feeds(tensor_of(site.name, tensor)) and not site.named:
+        if self._feeds(described) and not site.named:
             raise UnsupportedError(
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
                 "Pass name=, or a compressor with error_feedback=False."
             )
-        bundles = self._bundles(site, tensor) if state is None or state.bundles is None else state.bundles[site.name]
+        if state is None or state.bundles is None:
+            bundles = self._bundles(site, tensor)
+        else:
+            bundles = planned(state.bundles, site.name, tensor)
         bring(tensor)
         with on_own_stream(tensor.device):
-            context = self._take_off(site, key, tensor, bundles, measures)
+            context = self._take_off(site, described, tensor, bundles, measures)
         return carrier_for(site, tensor), context
 
     def _take_off(
-        self, site: CallSite, key: str, tensor: torch.Tensor, bundles: list[tuple[Slice, Bundle]], measures: bool
+        self,
+        site: CallSite,
+        described: Tensor,
+        tensor: torch.Tensor,
+        bundles: list[tuple[Slice, Bundle]],
+        measures: bool,
     ) -> Context:
         """Hand a gradient to the exchanges of its bundles."""
+        key = described.key
         step = self._next_step(key)
-        context = Context(site, key, tensor)
-        if self._feeds(tensor_of(site.name, tensor)):
+        context = Context(site, described, tensor)
+        if self._feeds(described):
             context.corrected = self.feedback.correct(key, self._gradient(site, tensor), site.ranks)
             source = context.corrected
         elif measures or not kernels_on(bundles[0][1].codec, tensor.device).halves:
@@ -246,16 +259,16 @@ class Compressor(CompressorBase):
     def _land(self, context: Context) -> torch.Tensor:
         """The mean gradient, flat, of the gradient's type or float32."""
         ranks = context.flights[0][1].bundle.collectives.ranks
-        record = self._record(context.key, context.tensor.numel(), context.tensor.element_size(), ranks)
+        key = context.described.key
+        record = self._record(key, context.tensor.numel(), context.tensor.element_size(), ranks)
         for part, flight in context.flights:
             job = flight.wait()
             flight.count(part, record)
         if context.probe is not None:
             context.probe.read(record)
-        described = tensor_of(context.site.name, context.tensor)
         looked = [flight.finite(part) for part, flight in context.flights]
         finite = None if None in looked else all(looked)
-        self._settle(context.key, described, context.corrected, context.out, job.kernels, finite)
+        self._settle(key, context.described, context.corrected, context.out, job.kernels, finite)
         return context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
 
     @class_or_instance
@@ -292,6 +305,18 @@ class Compressor(CompressorBase):
             mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
             return mean.numpy() if tensor.device.type == "cpu" else mean
 
+        if not self.feedback.linked:
+            return
+        # Averages that some ranks do not ask for would be waited for.
+        names = sorted(self.feedback.arrays())
+        for rank, others in enumerate(hvd.allgather_object(names, name="hvd_qsgd.check")):
+            different = sorted(set(names) ^ set(others))
+            if different:
+                raise ExchangeError(
+                    f"The memories of rank {hvd.rank()} and rank {rank} do not fit together: only one of them has "
+                    f"{', '.join(different[:3])}. Some rank's state was lost: start again with compressor.reset() on "
+                    f"all ranks, or load the states that were saved together."
+                )
         self.feedback.check(average)
 
     def _place(self) -> tuple[int, int]:
@@ -330,7 +355,7 @@ class Compressor(CompressorBase):
         for name, codec in codecs.items():
             if state.codecs.get(name, codec) != codec:
                 # What one codec learned of a tensor means nothing to another.
-                self._memory.pop(f"{state.index}/{name}", None)
+                self._memory.pop(Tensor(name, (), state.index).key, None)
         state.codecs = codecs
         return plan
 
@@ -346,7 +371,6 @@ class Compressor(CompressorBase):
 
     def _settled(self, state: OptimizerState) -> None:
         """Gradients come back: by now all ranks have said what their settings are."""
-        state.fresh = False
         if state.agreement is not None:
             state.agreement.check()
             state.agreement = None
@@ -356,11 +380,20 @@ class Compressor(CompressorBase):
         self.policy.check_names(optimizer._parameter_names.values())
         by_kind: dict[tuple[torch.device, Codec], list[tuple[str, int]]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        ranks = process_set.size()
+        state, ranks = self._optimizers[optimizer], process_set.size()
         for parameter in reversed(parameters):
-            name = optimizer._parameter_names[parameter]
-            if parameter in optimizer._requires_update and not self._bypass_reason(name, parameter, ranks):
-                kind = (parameter.device, self._codec(name, parameter))
+            name = optimizer._parameter_names.get(parameter)
+            if name is None:
+                raise UnsupportedError(
+                    f"A parameter of shape {tuple(parameter.shape)} was added to the optimizer after "
+                    f"hvd.DistributedOptimizer was made, and Horovod does not reduce its gradients: it would become "
+                    f"another one on each rank. Call add_param_group() before, or make the DistributedOptimizer anew."
+                )
+            if parameter not in optimizer._requires_update:
+                continue
+            described = tensor_of(name, parameter, state)
+            if not self._bypass_reason(described, parameter.dtype, ranks):
+                kind = (parameter.device, self._codec(described))
                 by_kind.setdefault(kind, []).append((name, parameter.numel()))
         plan: dict[str, list[tuple[Slice, Bundle]]] = {}
         for (device, codec), lengths in by_kind.items():
@@ -369,7 +402,7 @@ class Compressor(CompressorBase):
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        codec, key = self._codec(site.name, tensor), self._single_key(site, tensor)
+        codec, key = self._codec(tensor_of(site.name, tensor)), self._single_key(site, tensor)
         if key not in self._single:
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
             exchange = self._decisions[key].exchange if key in self._decisions else self.exchange
@@ -398,31 +431,18 @@ class Compressor(CompressorBase):
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
 
-    @staticmethod
-    def _already_synchronized(site: CallSite, state: OptimizerState) -> bool:
-        """Whether the tensor is a result of ``synchronize()`` that ``step()`` hands in again.
-
-        Horovod does this when ``step()`` follows ``synchronize()`` without
-        ``skip_synchronize()``. All ranks hold the same bits then; compressing them once more
-        would lose accuracy and spoil the residuals.
-        """
-        if site.synchronizing and site.optimizer._synchronized and not state.fresh:
-            return True
-        state.fresh = True
-        return False
-
-    def _codec(self, name: str, tensor: torch.Tensor) -> Codec:
-        codec = self.policy.codec(tensor_of(name, tensor))
+    def _codec(self, described: Tensor) -> Codec:
+        codec = self.policy.codec(described)
         assert codec is not None, "tensors without a codec are left to Horovod"
         return codec
 
-    def _bypass_reason(self, name: str, tensor: torch.Tensor, ranks: int) -> str:
+    def _bypass_reason(self, described: Tensor, dtype: torch.dtype, ranks: int) -> str:
         # Asked for each gradient in each step.
-        case = (name, tensor.shape, tensor.dtype, ranks)
+        case = (described, dtype, ranks)
         reason = self._reasons.get(case)
         if reason is None:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            reason = self._reason_to_bypass(tensor_of(name, tensor), dtype, tensor.dtype.is_floating_point, ranks)
+            name = str(dtype).removeprefix("torch.")
+            reason = self._reason_to_bypass(described, name, dtype.is_floating_point, ranks)
             self._reasons[case] = reason
         return reason
 
@@ -435,7 +455,7 @@ class Compressor(CompressorBase):
         key = self._single_key(site, tensor)
         if key not in self._decisions:
             # Everybody is in the same call here, and can measure at once.
-            codec = self._codec(site.name, tensor)
+            codec = self._codec(tensor_of(site.name, tensor))
             decision = self._advise(codec, site.process_set, tensor.device, tensor.numel())
             self._decisions[key] = decision
             self._stats.decisions[site.name] = str(decision)
@@ -481,6 +501,23 @@ class Compressor(CompressorBase):
         return array_of(tensor)
 
 
-def tensor_of(name: str, tensor: torch.Tensor) -> Tensor:
+def tensor_of(name: str, tensor: torch.Tensor, state: OptimizerState | None = None) -> Tensor:
     """What a policy knows of a tensor."""
-    return Tensor(name, tuple(tensor.shape))
+    return Tensor(name, tuple(tensor.shape), -1 if state is None else state.index)
+
+
+def planned(plan: dict[str, list[tuple[Slice, Bundle]]], name: str, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
+    """The bundles of a tensor.
+
+    Raises:
+        UnsupportedError: they were made for another length.
+    """
+    bundles = plan.get(name, [])
+    length = bundles[-1][0].stop if bundles else 0
+    if length != tensor.numel():
+        raise UnsupportedError(
+            f"A gradient of {tensor.numel()} elements came for {name!r}, of which {length} were to be compressed when "
+            f"the exchanges were planned. After the shape of a parameter has changed, call compressor.replan() on all "
+            f"ranks."
+        )
+    return bundles

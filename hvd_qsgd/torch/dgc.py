@@ -79,14 +79,14 @@ class DGCCompressor(Compressor):
             return super().decompress(tensor, context)
         mean = super().decompress(tensor, context.context)
         gradient = self._decayed(context.site, mean)
-        if not bool(gradient.isfinite().all()):
-            return gradient
         momentum, store = self.correction.momentum, self.correction.velocity
         flat = gradient.reshape(-1).to(torch.float32)
         before = torch.as_tensor(store.get(context.key)) if context.key in store else torch.zeros_like(flat)
         velocity = before * momentum + flat
-        store.put(context.key, array_of(velocity))
-        step = flat + momentum * velocity if self.correction.nesterov else velocity
+        # A step that is not finite will be skipped. A look at that would make the host wait for a device.
+        finite = flat.isfinite().all()
+        store.put(context.key, array_of(torch.where(finite, velocity, before)))
+        step = torch.where(finite, flat + momentum * velocity if self.correction.nesterov else velocity, flat)
         return step.view(mean.shape).to(mean.dtype)
 
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,17 @@ def test_resuming_equals_an_uninterrupted_run(
     tf.train.Checkpoint(variable=resumed, compression=compressor).restore(path).assert_consumed()
     train(compressor, resumed, range(3, 6))
     assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda compressor: pickle.loads(pickle.dumps(compressor))])
+def test_copies_go_on_like_the_original(copied: Callable[[Any], Any]) -> None:
+    """As where a launcher sends a compressor to its ranks."""
+    original = TopKCompressor(0.1)
+    hvd.allreduce(normal((40, 50)), name="x", compression=original)
+    copies = [copied(original), original]
+    means = [hvd.allreduce(normal((40, 50), 1), name="x", compression=compressor) for compressor in copies]
+    assert_equal(*means)
+    assert_equal(*[compressor.state_dict()["arrays"]["residual/x"] for compressor in copies])
 
 
 def test_a_checkpoint_of_another_codec(tmp_path: Path) -> None:

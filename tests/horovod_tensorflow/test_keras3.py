@@ -157,6 +157,22 @@ def test_all_ranks_skip_a_step_that_overflows_on_one() -> None:
     assert_same_on_all_ranks([variable.value])
 
 
+def test_mixed_bfloat16() -> None:
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        model = make_model(seed=0)
+        compressor = TopKCompressor(0.1)
+        model.compile(DistributedOptimizer(keras.optimizers.SGD(0.01), compression=compressor), "mse")
+        x, y = make_data()
+        history = model.fit(x, y, batch_size=32, epochs=4, verbose=0).history
+        assert model.layers[0].compute_dtype == "bfloat16"
+        assert history["loss"][-1] < history["loss"][0]
+        assert any(name.endswith("kernel") and not s.bypassed for name, s in compressor.stats().tensors.items())
+        assert_same_on_all_ranks([w.value for w in model.trainable_weights])
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+
+
 def test_mixed_precision() -> None:
     keras.mixed_precision.set_global_policy("mixed_float16")
     try:

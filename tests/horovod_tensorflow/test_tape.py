@@ -41,6 +41,22 @@ def test_gradients(exchange: str, fusion_elements: int, mode: Callable[..., Any]
     assert {stats.exchanges for stats in compressor.stats().tensors.values()} == {3}
 
 
+def test_one_rank_traces_anew() -> None:
+    """As with a last batch that is smaller on one rank: the others do not optimize a graph at that time."""
+    variable = tf.Variable(tf.zeros((40, 50)), name="kernel")
+
+    @tf.function
+    def reduced(x: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(x @ variable)
+        return hvd.DistributedGradientTape(tape, compression=IdentityCompressor()).gradient(loss, [variable])
+
+    for size in (1, 3, 5):
+        rows = size if hvd.rank() == 0 else 1
+        (mean,) = reduced(tf.ones((rows, 40)))
+        assert_equal(mean, np.full((40, 50), np.float32(size + hvd.size() - 1) / hvd.size()))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_many_gradients_travel_together(mode: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_qsgd.tensorflow import plan

@@ -157,6 +157,26 @@ def test_gradients_that_come_after_synchronize_are_compressed() -> None:
     assert_same_on_all_ranks(parameters.values())
 
 
+@pytest.mark.parametrize("then", ["too few passes", "gradients on one rank only", "a gradient by hand"])
+def test_a_step_that_was_skipped_after_synchronize(then: str) -> None:
+    """As a gradient scaler does: what the next synchronize() gets is no result of the one before."""
+    parameters, optimizer = start(TopKCompressor(), backward_passes_per_step=2 if then == "too few passes" else 1)
+    for _ in range(optimizer.backward_passes_per_step):
+        backward(parameters, make_gradients(parameters, 1))
+    optimizer.synchronize()
+    optimizer.zero_grad()
+    gradients = make_gradients(parameters, 2)
+    if then == "a gradient by hand":
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]
+    elif then == "too few passes" or hvd.rank() == 0:
+        backward(parameters, gradients)
+    optimizer.synchronize()
+    assert_same_on_all_ranks([p.grad for p in parameters.values()])
+    with optimizer.skip_synchronize():
+        optimizer.step()
+
+
 # -- what is not finite -----------------------------------------------------------------------
 
 

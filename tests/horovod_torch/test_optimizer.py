@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -26,6 +29,7 @@ from rank_checks import (
 )
 
 from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK
+from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
 
 #: Biases and what is small are not compressed.
@@ -271,6 +275,41 @@ def test_what_is_frozen_when_the_optimizer_is_made_is_left_alone() -> None:
     check_gradients(head, raw, QSGD(), 0)
     assert parameters["backbone"].grad is None
     assert set(compressor.stats().tensors) == {"0/head"}
+
+
+@pytest.mark.parametrize(("before", "after"), [((40, 50), (60, 50)), ((5, 5), (50, 50))])
+def test_a_parameter_whose_shape_has_changed(before: tuple[int, int], after: tuple[int, int]) -> None:
+    # What is started before the refusal stays with Horovod, so each case has a name of its own.
+    name = f"grows.from.{before}"
+    parameters = make_parameters({name: before})
+    compressor = QSGDCompressor(exchange="allgather")
+    optimizer = make_optimizer(parameters, compressor)
+    train(optimizer, parameters, [0])
+    parameters[name].data = torch.zeros(after)
+    raw = make_gradients(parameters, 1)
+    parameters[name].grad = raw[name].clone()
+    with pytest.raises(UnsupportedError, match=r"call compressor\.replan\(\) on all ranks"):
+        optimizer.synchronize()
+    compressor.replan()
+    optimizer.synchronize()
+    assert_within_a_level(QSGD(), parameters[name].grad, gather(raw[name]))
+    assert_same_on_all_ranks([parameters[name].grad])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda compressor: pickle.loads(pickle.dumps(compressor))])
+def test_copies_go_on_like_the_original(copied: Callable[[Any], Any]) -> None:
+    """As where a launcher sends a compressor to its ranks."""
+    original, resumed = TopKCompressor(0.1), TopKCompressor(0.1)
+    parameters = make_parameters(SHAPES)
+    train(make_optimizer(parameters, original), parameters, range(2))
+    resumed.load_state_dict(original.state_dict())
+    ends = []
+    for compressor in (resumed, copied(original), copied(original)):
+        weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+        train(make_optimizer(weights, compressor), weights, range(2, 4))
+        ends.append(digest([*weights.values(), *compressor.state_dict()["arrays"].values()]))
+    assert_equal(ends[1], ends[0])
+    assert_equal(ends[2], ends[0])
 
 
 @pytest.mark.parametrize("as_class", [False, True])

@@ -108,6 +108,23 @@ def test_ranks_agree_over_epochs_and_a_resumed_run_equals_an_uninterrupted_one(m
     assert_equal(resumed, uninterrupted)
 
 
+@pytest.mark.parametrize("make", [lambda: Accordion(Identity(), TopK(0.05), every=1), POLICIES[2]])
+def test_networks_with_equal_names_are_decided_each_by_itself(make: Any) -> None:
+    compressor = Compressor(make())
+    networks = [make_parameters({"weight": shape}) for shape in ((40, 50), (30, 70))]
+    optimizers = [make_optimizer(network, compressor) for network in networks]
+    alone = Compressor(make())
+    weights = make_parameters({"weight": (40, 50)})
+    optimizer = make_optimizer(weights, alone)
+    for epoch in range(3):
+        for every in (compressor, alone):
+            every.set_epoch(epoch)
+        for network, each in zip(networks, optimizers):
+            train(each, network, [epoch])
+        train(optimizer, weights, [epoch])
+    assert_equal(digest(networks[0].values()), digest(weights.values()))
+
+
 def test_policies_that_differ_between_ranks_are_refused() -> None:
     class Own(WarmUp):
         def apply(self, decisions: dict[str, int]) -> None:

@@ -35,6 +35,30 @@ def test_operations_that_are_not_linear(op: Any, grouped: bool) -> None:
             hvd.allreduce(x, name="x", op=op, compression=QSGDCompressor)
 
 
+@pytest.mark.parametrize("op", [hvd.Min, hvd.Max, hvd.Product])
+@pytest.mark.parametrize("groups", [None, 1])
+def test_operations_of_an_optimizer_that_are_not_linear(op: Any, groups: int | None) -> None:
+    parameters = make_parameters({"weight": (40, 50)})
+    optimizer = make_optimizer(parameters, QSGDCompressor, op=op, groups=groups)
+    with pytest.raises(UnsupportedError, match=r"Use op=hvd\.Average or op=hvd\.Sum"):
+        backward(parameters, make_gradients(parameters))
+    del optimizer
+
+
+def test_parameters_that_horovod_does_not_know() -> None:
+    parameters = make_parameters({"weight": (40, 50)})
+    optimizer = make_optimizer(parameters, QSGDCompressor())
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3, 5))]})
+    with pytest.raises(UnsupportedError, match=r"of shape \(3, 5\) was added .* Call add_param_group\(\) before"):
+        backward(parameters, make_gradients(parameters))
+
+
+def test_one_tensor_twice_in_a_group() -> None:
+    x = dyadic(SHAPE)
+    with pytest.raises(UnsupportedError, match=r"one tensor twice, at 1 and 2 .* tensor\.clone\(\)"):
+        hvd.grouped_allreduce([x + 1, x, x], name="x", compression=QSGDCompressor())
+
+
 def test_adasum_optimizer() -> None:
     parameters = make_parameters({"weight": (40, 50)})
     optimizer = make_optimizer(parameters, QSGDCompressor, op=hvd.Adasum)

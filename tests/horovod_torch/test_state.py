@@ -14,7 +14,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from expectations import assert_equal
-from rank_checks import digest, gather, make_optimizer, make_parameters, train
+from rank_checks import backward, digest, gather, make_gradients, make_optimizer, make_parameters, train
 
 from hvd_qsgd import TopK
 from hvd_qsgd.collectives import horovod_torch
@@ -161,6 +161,29 @@ def test_the_state_of_rank_0_on_all_ranks_is_noticed_where_it_can_be() -> None:
     states.scatter(make(), gathered)
     with pytest.raises(ExchangeError, match=r"EF21: the estimate of .*reset\(\)"):
         states.scatter(make(), {**gathered, "states": [gathered["states"][0]] * hvd.size()})
+
+
+def test_estimates_are_checked_in_one_order_on_all_ranks() -> None:
+    """Where tensors get their first gradients in another order on each rank."""
+    compressor = TopKCompressor(0.1, error_feedback=EF21())
+    parameters = make_parameters({"first": (40, 50), "second": (30, 41)})
+    optimizer = make_optimizer(parameters, compressor)
+    used = {"first": "second", "second": "first"} if hvd.rank() else {"first": "first", "second": "second"}
+    for name in used.values():
+        backward({name: parameters[name]}, make_gradients({name: parameters[name]}))
+    optimizer.step()
+    compressor.check_state()
+    # What rounding left when gradients were larger is no fault.
+    small = {name: gradient * 2.0**-16 for name, gradient in make_gradients(parameters, 1).items()}
+    for _ in range(10):
+        optimizer.zero_grad()
+        backward(parameters, small)
+        optimizer.step()
+    compressor.check_state()
+    if hvd.rank() == 0:
+        compressor.reset()
+    with pytest.raises(ExchangeError, match="do not fit together: only one of them has mean/0/first"):
+        compressor.check_state()
 
 
 def test_ranks_that_were_interrupted_in_different_steps_meet_in_the_mean() -> None:

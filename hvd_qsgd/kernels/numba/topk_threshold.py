@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hvd_qsgd.codecs.looks import Looks, at_once
 from hvd_qsgd.codecs.topk_threshold import Search, ThresholdTopK
 from hvd_qsgd.kernels.numba.topk import TopKKernels, gather
 
@@ -15,8 +16,9 @@ class NumbaSearch(Search):
     """One pass finds what is above a threshold."""
 
     @staticmethod
-    def above(x: np.ndarray, threshold: float) -> np.ndarray:
+    def above(x: np.ndarray, threshold: float) -> Looks[np.ndarray]:
         """With a guess at the number that is seldom too small."""
+        yield from ()
         lowest = np.int32(max(int(np.float32(threshold).view(np.int32)), 1))
         patterns = x.view(np.int32)
         positions = np.empty(min(len(x) // 16 + 1024, len(x)), np.int64)
@@ -42,4 +44,4 @@ class ThresholdKernels(TopKKernels):
         if not self.all_finite(x):
             return self.codec.write_not_finite(out)
         memory = {} if self.memory is None else self.memory
-        return self.write(x, self.codec.select(x, memory, NumbaSearch), out)
+        return self.write(x, at_once(self.codec.select(x, memory, NumbaSearch)), out)

@@ -2,53 +2,73 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from hvd_qsgd.codecs.base import Kernels
+from hvd_qsgd.codecs.looks import Looks
 from hvd_qsgd.codecs.topk_rows import INFINITY_BITS, RowTopK
 from hvd_qsgd.errors import PayloadError
 from hvd_qsgd.kernels.torch.bits import pack_stream, unpack_stream
+from hvd_qsgd.kernels.torch.looks import Apply, LookingKernels, Write
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
 
 
 @dataclass(frozen=True)
-class RowTopKKernels(Kernels):
+class RowTopKKernels(LookingKernels):
     """torch implementation of a RowTopK codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
 
     codec: RowTopK
 
-    def encode_into(self, x: torch.Tensor, out: torch.Tensor, key: int = 0, first: int = 0) -> int:
+    def prepare_encode(self, x: torch.Tensor, key: int = 0, first: int = 0, keep_error: bool = False) -> Looks[Write]:
+        yield from ()
+        return functools.partial(self._write, x, keep_error)
+
+    def _write(self, x: torch.Tensor, keep_error: bool, out: torch.Tensor) -> int:
         codec = self.codec
         size, at = codec.payload_size(len(x)), 4 * codec.count(len(x))
         codec.check_room(out, size)
         full = len(x) // codec.row * codec.row
         parts = [self._of_rows(x[:full].view(-1, codec.row)), self._of_rows(x[full:].view(1, -1))]
-        out[:at] = reinterpret(torch.cat([values for values, _ in parts]), torch.uint8)
-        out[at:size] = pack_stream(torch.cat([positions for _, positions in parts]), codec.width)
+        values, positions = (torch.cat(several) for several in zip(*parts))
+        out[:at] = reinterpret(values, torch.uint8)
+        out[at:size] = pack_stream(positions, codec.width)
+        if keep_error:
+            self._apply(values, positions + self._starts(len(x), x.device), x, "subtract")
         return size
 
-    def decode_into(self, payload: torch.Tensor, out: torch.Tensor, mode: str = "set") -> None:
-        codec, length = self.codec, len(out)
+    def prepare_decode(self, payload: torch.Tensor, length: int) -> Looks[Apply]:
+        codec = self.codec
         codec.check_payload(payload, length)
         at = 4 * codec.count(length)
         values = reinterpret(payload[:at], torch.float32)
-        full, tail = divmod(length, codec.row)
-        starts = torch.arange(full, device=out.device).repeat_interleave(codec.kept(codec.row)) * codec.row
-        starts = torch.cat([starts, starts.new_full((codec.kept(tail),), full * codec.row)])
         positions = unpack_stream(payload[at:], len(values), codec.width)
-        places = positions + starts
-        if len(places) and (
-            bool((places.diff() <= 0).any()) or bool((positions >= codec.row).any()) or int(places[-1]) >= length
-        ):
-            raise PayloadError(
-                f"A topk_rows payload of {length} elements holds positions that are not ascending or too large."
-            )
+        places = positions + self._starts(length, payload.device)
+        if length:
+            good = (places.diff() > 0).all() & (positions < codec.row).all() & (places[-1] < length)
+            (seen,) = yield [good.view(1)]
+            if not seen[0]:
+                raise PayloadError(
+                    f"A topk_rows payload of {length} elements holds positions that are not ascending or too large."
+                )
+        return functools.partial(self._apply, values, places)
+
+    def _starts(self, length: int, device: torch.device) -> torch.Tensor:
+        """For each kept value where its row starts."""
+        codec = self.codec
+        full, tail = divmod(length, codec.row)
+        starts = torch.arange(full, device=device).repeat_interleave(codec.kept(codec.row)) * codec.row
+        return torch.cat([starts, starts.new_full((codec.kept(tail),), full * codec.row)])
+
+    def _apply(self, values: torch.Tensor, places: torch.Tensor, out: torch.Tensor, mode: str) -> None:
+        """Set, add or subtract values at their places; rows of which one is NaN become NaN."""
+        row = self.codec.row
         dense = torch.zeros_like(out)
         dense[places] = values
-        for start in starts[values.isnan()].unique().tolist():
-            dense[start : start + codec.row] = float("nan")
+        spoiled = torch.zeros(-(-len(out) // row), dtype=torch.int32, device=out.device)
+        spoiled.index_add_(0, places // row, values.isnan().to(torch.int32))
+        dense.masked_fill_(spoiled.bool().repeat_interleave(row)[: len(out)], float("nan"))
         apply(out, dense, mode)
 
     def _of_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

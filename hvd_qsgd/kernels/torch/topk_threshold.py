@@ -8,30 +8,36 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvd_qsgd.codecs.looks import Looks
 from hvd_qsgd.codecs.topk_threshold import Search, ThresholdTopK
-from hvd_qsgd.kernels.torch.topk import TopKKernels, largest_positions, magnitudes_of
+from hvd_qsgd.kernels.torch.topk import TopKKernels, largest_positions, magnitudes_of, marked_positions
 
 
 class TorchSearch(Search):
     """The same on any torch device."""
 
     @staticmethod
-    def above(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    def above(x: torch.Tensor, threshold: float) -> Looks[torch.Tensor]:
         # Patterns of bits, because devices may take subnormal numbers for zero.
         lowest = max(int(np.float32(threshold).view(np.int32)), 1)
-        return (magnitudes_of(x) >= lowest).nonzero().view(-1)
+        reached = magnitudes_of(x) >= lowest
+        (seen,) = yield [reached.sum().view(1)]
+        return marked_positions(reached, int(seen[0]))
 
     @staticmethod
-    def largest(x: torch.Tensor, count: int) -> torch.Tensor:
+    def largest(x: torch.Tensor, count: int) -> Looks[torch.Tensor]:
         magnitudes = magnitudes_of(x)
-        return largest_positions(magnitudes, min(count, int(magnitudes.count_nonzero())))
+        (seen,) = yield [magnitudes.count_nonzero().view(1)]
+        return largest_positions(magnitudes, min(count, int(seen[0])))
 
     @staticmethod
-    def ranked(magnitudes: torch.Tensor, rank: int) -> float:
-        return float(magnitudes.topk(rank, sorted=False).values.min())
+    def ranked(magnitudes: torch.Tensor, rank: int) -> Looks[float]:
+        (seen,) = yield [magnitudes.topk(rank, sorted=False).values.min().view(1)]
+        return float(seen[0])
 
     @staticmethod
     def moments(magnitudes: torch.Tensor) -> tuple[float, float, float]:
+        # The fits take as many looks as stages, and wait for each.
         values = magnitudes.double()
         return float(values.mean()), float(values.var(correction=0)), float(values[values > 0].log().mean())
 
@@ -47,8 +53,8 @@ class ThresholdKernels(TopKKernels):
     def with_memory(self, memory: dict[str, Any]) -> ThresholdKernels:
         return ThresholdKernels(self.codec, memory)
 
-    def encode_into(self, x: torch.Tensor, out: torch.Tensor, key: int = 0, first: int = 0) -> int:
-        if not self.all_finite(x):
-            return self.write_not_finite(out)
-        memory = {} if self.memory is None else self.memory
-        return self.write(x, self.codec.select(x, memory, TorchSearch), out)
+    def choose(self, x: torch.Tensor) -> Looks[torch.Tensor | None]:
+        (finite,) = yield [(x.abs() < float("inf")).all().view(1)]
+        if not finite[0]:
+            return None
+        return (yield from self.codec.select(x, {} if self.memory is None else self.memory, TorchSearch))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
-def to_device(data: bytes | memoryview, device: torch.device) -> torch.Tensor:
-    """Bytes, uint8 of shape (bytes,), on a device; the copy goes to its current stream."""
-    host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def to_device(data: bytes | np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array, or bytes as uint8 of shape (bytes,), on a device; the copy goes to its current stream."""
+    host = torch.from_numpy(data if isinstance(data, np.ndarray) else np.frombuffer(bytearray(data), np.uint8))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 

@@ -13,6 +13,8 @@ from hvd_qsgd.kernels.triton.select import count_chosen, count_digits, write_cho
 #: Place and size in bits of the digits of a magnitude's 31 bits, the highest first.
 DIGITS = ((20, 11), (10, 10), (0, 10))
 BLOCK = 2048
+#: Of the counts of digits. Most magnitudes share a few of them.
+COPIES = 64
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class TopKKernels(TorchKernels):
         # How many of those that share the digits so far are among the largest.
         needed = torch.full((1,), count, dtype=torch.int64, device=device)
         for shift, bits in DIGITS:
-            counts = torch.zeros(1 << bits, dtype=torch.int32, device=device)
-            launch(count_digits, grid, (magnitudes, threshold, counts), length, SHIFT=shift, BITS=bits, BLOCK=BLOCK)
+            counts = torch.zeros((COPIES, 1 << bits), dtype=torch.int32, device=device)
+            constants = {"SHIFT": shift, "BITS": bits, "BLOCK": BLOCK, "COPIES": COPIES}
+            launch(count_digits, grid, (magnitudes, threshold, counts), length, **constants)
             # Of this digit or a larger one.
-            reach = counts.flip(0).cumsum(0)
+            reach = counts.sum(0).flip(0).cumsum(0)
             larger = (reach < needed).sum().view(1)
             needed = needed - torch.where(larger > 0, reach[(larger - 1).clamp(min=0)], 0)
             threshold = (threshold << bits) + ((1 << bits) - 1 - larger).to(torch.int32)
