@@ -25,7 +25,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         env={**environment(), **variables},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=1200,
     )
 
 
