@@ -28,86 +28,39 @@ import argparse
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-#: Every namespace, link and temporary directory starts with this. What carries it and is not in use is removed.
-PREFIX = "hvdq-"
+from namespaces import (
+    INTERFACE,
+    PREFIX,
+    TOOLS,
+    ClusterError,
+    acquire_lock,
+    add_namespace,
+    call,
+    find_tool,
+    kill_processes,
+    limit_link,
+    remove_leftovers,
+    tail,
+    tool_environment,
+)
+from ssh_servers import SSHD_RUNTIME_DIRECTORY, await_login, start_server, write_ssh_files
+
 BRIDGE = f"{PREFIX}bridge"
 LAUNCHER = f"{PREFIX}launcher"
-INTERFACE = "eth0"
 
 LAUNCHERS = ("mpi", "gloo", "mpirun")
 MAX_HOSTS = 200
 LAUNCHER_NUMBER = 253
 BRIDGE_NUMBER = 254
-
-#: Gloo can stall for seconds over a loopback interface with the default MTU of 65536.
-LOOPBACK_MTU = 9000
-#: How long a started ssh server may take to accept a login, and killed processes to vanish.
-PATIENCE_S = 10.0
-
-#: Programs that are called, and the packages (of Debian) that bring them.
-TOOLS = {
-    "ip": "iproute2",
-    "tc": "iproute2",
-    "unshare": "util-linux",
-    "mount": "mount",
-    "ssh": "openssh-client",
-    "ssh-keygen": "openssh-client",
-    "sshd": "openssh-server",
-}
-SSHD_RUNTIME_DIRECTORY = Path("/run/sshd")
-
-SSHD_CONFIG = """\
-ListenAddress 0.0.0.0
-HostKey {directory}/host_key
-AuthorizedKeysFile {directory}/user_key.pub
-PidFile none
-# The keys lie below the world-writable temporary directory, in a directory that only root may enter.
-StrictModes no
-UsePAM no
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-PermitRootLogin prohibit-password
-LogLevel ERROR
-"""
-
-SSH_CONFIG = """\
-User root
-IdentityFile {directory}/user_key
-IdentitiesOnly yes
-IdentityAgent none
-UserKnownHostsFile {directory}/known_hosts
-GlobalKnownHostsFile /dev/null
-UpdateHostKeys no
-BatchMode yes
-ConnectTimeout 5
-LogLevel ERROR
-"""
-
-# horovodrun and Open MPI both call whatever `ssh` is first on PATH; their own options cannot name a known_hosts file.
-SSH_WRAPPER = """\
-#!/bin/sh
-exec {ssh} -F {directory}/ssh_config "$@"
-"""
-
-# Each host has a name of its own that resolves to its own address. Open MPI keeps its files by host name and would mix
-# those of several hosts. Gloo looks the name up where Horovod should tell it the interface (for process sets, the
-# global one included): it connects to itself if the name means 127.0.0.1 and crashes if the name is unknown.
-HOST_SCRIPT = """\
-echo {name} > /proc/sys/kernel/hostname &&
-mount --bind {directory}/hosts /etc/hosts &&
-exec {sshd} -D -e -f {directory}/sshd_config
-"""
 
 # Runs in a namespace that vanishes with the shell, so that a check leaves nothing behind.
 KERNEL_CHECK = """\
@@ -115,10 +68,6 @@ ip link add {bridge} type bridge &&
 ip link add probe0 type veth peer name probe1 &&
 tc qdisc add dev probe0 root tbf rate 1gbit burst 512kb latency 100ms
 """
-
-
-class ClusterError(RuntimeError):
-    """The emulated cluster cannot be built or used. The message says what failed, why, and what to do."""
 
 
 class EmulatedCluster:
@@ -161,10 +110,10 @@ class EmulatedCluster:
         if os.geteuid() != 0:
             return "building network namespaces needs root; run as root or in a privileged container"
         for tool, package in TOOLS.items():
-            if _find_tool(tool) is None:
+            if find_tool(tool) is None:
                 return f"{tool} was not found; install the package {package}"
         check = ["unshare", "--net", "sh", "-c", KERNEL_CHECK.format(bridge=BRIDGE)]
-        result = subprocess.run(check, check=False, capture_output=True, text=True, env=_tool_environment())
+        result = subprocess.run(check, check=False, capture_output=True, text=True, env=tool_environment())
         if result.returncode:
             return f"the kernel refuses namespaces, bridges, veth or tbf: {result.stderr.strip()}"
         return None
@@ -172,12 +121,12 @@ class EmulatedCluster:
     def __enter__(self) -> EmulatedCluster:
         if reason := self.unavailable():
             raise ClusterError(f"No emulated cluster can be built: {reason}.")
-        self._lock = _acquire_lock()
+        self._lock = acquire_lock()
         try:
-            _remove_leftovers()
+            remove_leftovers()
             self._check_subnet_is_free()
             self._directory = Path(tempfile.mkdtemp(prefix=PREFIX))
-            self._write_ssh_files()
+            write_ssh_files(self._directory, self.subnet)
             self._write_hosts_file()
             self._build_network()
             self._start_servers()
@@ -233,7 +182,7 @@ class EmulatedCluster:
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
-                output = "\n".join(_tail(path) for path in outputs)
+                output = "\n".join(tail(path) for path in outputs)
                 raise ClusterError(
                     f"`{shlex.join(command)}` did not end within {timeout} s and was killed. "
                     f"Raise the timeout, or see what it was doing:\n{output}"
@@ -253,107 +202,50 @@ class EmulatedCluster:
 
     def limit(self, host: int, rate: str) -> None:
         """Give one host, counted from 0, a link of another rate in both directions."""
-        self._limit(self._names[host], rate, "replace")
+        limit_link(self._names[host], "replace", rate, self.burst, self.latency)
 
     def disconnect(self, host: int) -> None:
         """Pull the cable of a host, counted from 0: it goes on, but nothing reaches it and nothing comes from it."""
-        _call("ip", "link", "set", self._names[host], "down")
+        call("ip", "link", "set", self._names[host], "down")
 
     def kill(self, host: int) -> None:
         """Kill all that runs on a host, counted from 0, and its ssh server; its kernel closes their connections."""
-        _kill_processes(self._names[host])
+        kill_processes(self._names[host])
 
     def _counter(self, name: str, counter: str) -> int:
-        return int(_call("ip", "netns", "exec", name, "cat", f"/sys/class/net/{INTERFACE}/statistics/{counter}"))
+        return int(call("ip", "netns", "exec", name, "cat", f"/sys/class/net/{INTERFACE}/statistics/{counter}"))
 
     def _check_subnet_is_free(self) -> None:
-        for line in _call("ip", "-oneline", "-4", "address").splitlines():
+        for line in call("ip", "-oneline", "-4", "address").splitlines():
             if f" {self.subnet}." in line:
                 raise ClusterError(
                     f"The subnet {self.subnet}.0/24 is in use on this machine by interface {line.split()[1]}. "
                     "Choose another one with subnet=."
                 )
 
-    def _write_ssh_files(self) -> None:
-        directory = self._directory
-        for key in ("host_key", "user_key"):
-            _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "emulated-cluster", "-f", str(directory / key))
-        host_key = (directory / "host_key.pub").read_text()
-        (directory / "known_hosts").write_text(f"{self.subnet}.* {host_key}")
-        (directory / "sshd_config").write_text(SSHD_CONFIG.format(directory=directory))
-        (directory / "ssh_config").write_text(SSH_CONFIG.format(directory=directory))
-        wrapper = directory / "bin" / "ssh"
-        wrapper.parent.mkdir()
-        wrapper.write_text(SSH_WRAPPER.format(directory=directory, ssh=_find_tool("ssh")))
-        wrapper.chmod(0o755)
-
     def _build_network(self) -> None:
         # The bridge has an address so that a driver outside of the cluster can reach the hosts.
-        _call("ip", "link", "add", BRIDGE, "type", "bridge")
-        _call("ip", "address", "add", f"{self.subnet}.{BRIDGE_NUMBER}/24", "dev", BRIDGE)
-        _call("ip", "link", "set", BRIDGE, "up")
-        self._add_namespace(LAUNCHER, f"{self.subnet}.{LAUNCHER_NUMBER}")
+        call("ip", "link", "add", BRIDGE, "type", "bridge")
+        call("ip", "address", "add", f"{self.subnet}.{BRIDGE_NUMBER}/24", "dev", BRIDGE)
+        call("ip", "link", "set", BRIDGE, "up")
+        add_namespace(LAUNCHER, f"{self.subnet}.{LAUNCHER_NUMBER}", BRIDGE)
         for name, address in zip(self._names, self.addresses, strict=True):
-            self._add_namespace(name, address)
+            add_namespace(name, address, BRIDGE)
             if self.rate is not None:
-                self._limit(name, self.rate, "add")
-
-    def _add_namespace(self, name: str, address: str) -> None:
-        _call("ip", "netns", "add", name)
-        _call("ip", "link", "add", name, "type", "veth", "peer", "name", INTERFACE, "netns", name)
-        _call("ip", "link", "set", name, "master", BRIDGE, "up")
-        _call("ip", "-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
-        _call("ip", "-n", name, "link", "set", INTERFACE, "up")
-        _call("ip", "-n", name, "link", "set", "lo", "mtu", str(LOOPBACK_MTU), "up")
-
-    def _limit(self, name: str, rate: str, how: str) -> None:
-        bucket = ["root", "tbf", "rate", rate, "burst", self.burst, "latency", self.latency]
-        for prefix, device in (([], name), (["ip", "netns", "exec", name], INTERFACE)):
-            command = [*prefix, "tc", "qdisc", how, "dev", device, *bucket]
-            _call(*command, remedy="Check rate, burst and latency: see `man tc-tbf`.")
+                limit_link(name, "add", self.rate, self.burst, self.latency)
 
     def _start_servers(self) -> None:
         if not SSHD_RUNTIME_DIRECTORY.exists():
             SSHD_RUNTIME_DIRECTORY.mkdir(mode=0o755)
             self._made_runtime_directory = True
         for name in self._names:
-            self._servers.append(self._start_server(name))
+            self._servers.append(start_server(self._directory, name))
         for name, address, server in zip(self._names, self.addresses, self._servers, strict=True):
-            self._await_login(name, address, server)
+            await_login(self._directory, LAUNCHER, name, address, server)
 
     def _write_hosts_file(self) -> None:
         cluster = [f"{address} {name}" for address, name in zip(self.addresses, self._names, strict=True)]
         (self._directory / "hosts").write_text("\n".join([*cluster, Path("/etc/hosts").read_text()]))
-
-    def _start_server(self, name: str) -> subprocess.Popen[bytes]:
-        # Every program here replaces the one before, so the process id is that of the ssh server.
-        script = HOST_SCRIPT.format(name=name, directory=self._directory, sshd=_find_tool("sshd"))
-        with (self._directory / f"{name}.log").open("wb") as log:
-            return subprocess.Popen(
-                ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", script],
-                env=_tool_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def _await_login(self, name: str, address: str, server: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        command = ["ip", "netns", "exec", LAUNCHER, str(self._directory / "bin" / "ssh"), address, "true"]
-        while True:
-            attempt = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            if attempt.returncode == 0:
-                return
-            if server.poll() is not None or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        log = _tail(self._directory / f"{name}.log")
-        raise ClusterError(
-            f"The ssh server of {name} accepts no login: {attempt.stderr.strip()} {log}\n"
-            "Common causes are a locked root account (`passwd -S root`), a login shell that fails, "
-            "or a firewall that filters bridged packets."
-        )
 
     def _launch_command(self, command: Sequence[str], launcher: str, processes: int) -> list[str]:
         if launcher not in LAUNCHERS:
@@ -394,7 +286,7 @@ class EmulatedCluster:
             environment["OPAL_PREFIX"] = sys.prefix
         environment |= extra
         # horovodrun hands all variables, PYTHONPATH among them, to the processes on the hosts.
-        paths = [str(self._directory / "bin"), str(Path(sys.prefix, "bin")), _tool_environment(environment)["PATH"]]
+        paths = [str(self._directory / "bin"), str(Path(sys.prefix, "bin")), tool_environment(environment)["PATH"]]
         return environment | {"PATH": os.pathsep.join(paths)}
 
     def _end_run(self, process: subprocess.Popen[bytes]) -> None:
@@ -403,7 +295,7 @@ class EmulatedCluster:
         servers = {server.pid for server in self._servers}
         # horovodrun and ssh start sessions of their own, which the process group does not reach.
         for name in (LAUNCHER, *self._names):
-            _kill_processes(name, spare=servers)
+            kill_processes(name, spare=servers)
         process.wait()
 
     def _tear_down(self) -> None:
@@ -411,7 +303,7 @@ class EmulatedCluster:
             server.kill()
             server.wait()
         self._servers.clear()
-        _remove_leftovers()
+        remove_leftovers()
         if self._made_runtime_directory:
             with contextlib.suppress(OSError):
                 SSHD_RUNTIME_DIRECTORY.rmdir()
@@ -424,84 +316,6 @@ class EmulatedCluster:
 def _has_own_mpi() -> bool:
     """Whether Open MPI is a package of this Python environment, rather than of the system."""
     return Path(sys.prefix, "bin", "mpirun").exists()
-
-
-def _tool_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment with the administrators' directories on the path, which a shell of root may lack."""
-    variables = dict(os.environ if environment is None else environment)
-    return variables | {"PATH": os.pathsep.join([variables.get("PATH", os.defpath), "/usr/sbin", "/sbin"])}
-
-
-def _find_tool(name: str) -> str | None:
-    return shutil.which(name, path=_tool_environment()["PATH"])
-
-
-def _call(*command: str, remedy: str = "", check: bool = True) -> str:
-    """Output of a command, which has to succeed unless told otherwise."""
-    result = subprocess.run(
-        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=_tool_environment()
-    )
-    if check and result.returncode:
-        raise ClusterError(f"`{shlex.join(command)}` failed: {result.stderr.strip()} {remedy}".rstrip())
-    return result.stdout
-
-
-def _acquire_lock() -> socket.socket:
-    """Claim the machine for one cluster; the kernel releases the claim when the process ends, however it ends."""
-    lock = socket.socket(socket.AF_UNIX)
-    try:
-        # A leading zero byte makes a name without a file.
-        lock.bind(f"\0{PREFIX}emulated-cluster")
-    except OSError:
-        lock.close()
-        raise ClusterError(
-            "Another emulated cluster is running on this machine, and their names would clash. Wait until it has ended."
-        ) from None
-    return lock
-
-
-def _namespaces() -> list[str]:
-    lines = _call("ip", "netns", "list", check=False).splitlines()
-    return [line.split()[0] for line in lines if line.startswith(PREFIX)]
-
-
-def _links() -> list[str]:
-    # A line reads "7: name@peer: <flags> ...".
-    lines = _call("ip", "-oneline", "link", check=False).splitlines()
-    names = [line.split(": ")[1].split("@")[0] for line in lines]
-    return [name for name in names if name.startswith(PREFIX)]
-
-
-def _kill_processes(namespace: str, *, spare: Collection[int] = ()) -> None:
-    """Kill all processes in a namespace of ours, and wait until they are gone."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        pids = _call("ip", "netns", "pids", namespace, check=False).split()
-        alive = {int(pid) for pid in pids}.difference(spare)
-        if not alive:
-            return
-        for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def _remove_leftovers() -> None:
-    """Remove everything that carries the prefix; a step that fails does not keep the others from happening."""
-    for name in _namespaces():
-        _kill_processes(name)
-    for name in _links():
-        _call("ip", "link", "delete", name, check=False)
-    for name in _namespaces():
-        _call("ip", "netns", "delete", name, check=False)
-    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        # Another user can put a directory of that name there, and it is not ours to remove.
-        if directory.lstat().st_uid == os.geteuid():
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
 
 def _parse_arguments() -> argparse.Namespace:

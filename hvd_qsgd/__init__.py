@@ -7,59 +7,14 @@ Importing this package imports NumPy at most; frameworks and Horovod are importe
 subpackages that need them, when they need them.
 """
 
-from hvd_qsgd.codecs import (
-    QSGD,
-    Cast,
-    Codec,
-    EliasQSGD,
-    GlobalTopK,
-    Identity,
-    IntSGD,
-    MinMax,
-    PowerSGD,
-    RandomK,
-    Rows,
-    RowTopK,
-    Scaled,
-    Sign,
-    ThresholdTopK,
-    TopK,
-    codec_from_config,
-)
-from hvd_qsgd.errors import (
-    ConfigError,
-    ExchangeError,
-    HvdQsgdError,
-    PayloadError,
-    SetupError,
-    UnsupportedError,
-)
+from hvd_qsgd.codecs import Codec as Codec
+from hvd_qsgd.codecs import codec_from_config as codec_from_config
+from hvd_qsgd.codecs.registry import *  # noqa: F403
+from hvd_qsgd.errors import ConfigError as ConfigError
+from hvd_qsgd.errors import ExchangeError as ExchangeError
+from hvd_qsgd.errors import HvdQsgdError as HvdQsgdError
+from hvd_qsgd.errors import PayloadError as PayloadError
+from hvd_qsgd.errors import SetupError as SetupError
+from hvd_qsgd.errors import UnsupportedError as UnsupportedError
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "QSGD",
-    "Cast",
-    "Codec",
-    "ConfigError",
-    "EliasQSGD",
-    "ExchangeError",
-    "GlobalTopK",
-    "HvdQsgdError",
-    "Identity",
-    "IntSGD",
-    "MinMax",
-    "PayloadError",
-    "PowerSGD",
-    "RandomK",
-    "RowTopK",
-    "Rows",
-    "Scaled",
-    "SetupError",
-    "Sign",
-    "ThresholdTopK",
-    "TopK",
-    "UnsupportedError",
-    "__version__",
-    "codec_from_config",
-]

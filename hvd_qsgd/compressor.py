@@ -6,13 +6,15 @@ A framework's compressor adds Horovod's ``compress`` and ``decompress``.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, TypeVar
 
 from typing_extensions import Concatenate, ParamSpec, Self
 
-from hvd_qsgd.codecs import QSGD, Cast, Codec, Identity, Scaled, TopK
+from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.base import Kernels, check_integer
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
@@ -43,7 +45,15 @@ class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
         self.__doc__ = function.__doc__
 
     def __get__(self, instance: CompressorBase | None, owner: type[CompressorBase]) -> Callable[P, R]:
-        return self._function.__get__(instance if instance is not None else owner.default())
+        if instance is not None:
+            return self._function.__get__(instance)
+
+        # Made when it is called: help() looks at methods of classes that have no default instance, too.
+        @functools.wraps(self._function)
+        def on_default(*arguments: P.args, **settings: P.kwargs) -> R:
+            return self._function(owner.default(), *arguments, **settings)
+
+        return on_default
 
 
 class CompressorBase:
@@ -123,6 +133,11 @@ class CompressorBase:
         self._begin(monitor)
         if monitor is not None:
             monitor.watch(self, self._place)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        # help() does not look for it in the bases.
+        cls.__doc__ = inspect.getdoc(cls)
 
     @classmethod
     def default(cls) -> Self:
@@ -318,58 +333,3 @@ def _with_arrays(value: Any, convert: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: _with_arrays(part, convert) for key, part in value.items()}
     return convert(value) if hasattr(value, "dtype") else copy.deepcopy(value)
-
-
-class QSGDBase(CompressorBase):
-    """Quantization with unbiased rounding, 8 times fewer bytes at the default 4 bits.
-
-    Args:
-        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
-        scaled: shrink stochastic rounding with L2 norm for error feedback; see :class:`hvd_qsgd.Scaled`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
-    """
-
-    def __init__(
-        self,
-        bits: int = 4,
-        bucket_size: int = 512,
-        norm: str = "max",
-        rounding: str = "stochastic",
-        scaled: bool = False,
-        **settings: Any,
-    ) -> None:
-        codec = QSGD(bits, bucket_size, norm, rounding)
-        super().__init__(Scaled(codec) if scaled else codec, **settings)
-
-
-class TopKBase(CompressorBase):
-    """The largest values only, with error feedback.
-
-    Args:
-        ratio, k, values: see :class:`hvd_qsgd.TopK`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
-    """
-
-    def __init__(
-        self, ratio: float | None = 0.01, k: int | None = None, values: str = "float32", **settings: Any
-    ) -> None:
-        super().__init__(TopK(ratio, k, values), **settings)
-
-
-class IdentityBase(CompressorBase):
-    """Sends float32 through the same path as the others, for comparison."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(Identity(), **settings)
-
-
-class CastBase(CompressorBase):
-    """Sends float16 or bfloat16 and adds up in float32.
-
-    Args:
-        dtype: see :class:`hvd_qsgd.Cast`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
-    """
-
-    def __init__(self, dtype: str = "float16", **settings: Any) -> None:
-        super().__init__(Cast(dtype), **settings)

@@ -1,14 +1,83 @@
-"""Compressors around the further codecs, for all frameworks: their settings, and those of every compressor."""
+"""A compressor for each codec, with its settings; a framework adds Horovod's ``compress`` and ``decompress``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hvd_qsgd.codecs import EliasQSGD, GlobalTopK, IntSGD, PowerSGD, RandomK, RowTopK, Scaled, Sign, ThresholdTopK
+from hvd_qsgd.codecs import (
+    QSGD,
+    Cast,
+    EliasQSGD,
+    GlobalTopK,
+    Identity,
+    IntSGD,
+    PowerSGD,
+    RandomK,
+    RowTopK,
+    Scaled,
+    Sign,
+    ThresholdTopK,
+    TopK,
+)
 from hvd_qsgd.compressor import CompressorBase
 
 
-class SignBase(CompressorBase):
+class QSGDCompressor(CompressorBase):
+    """Quantization with unbiased rounding, 8 times fewer bytes at the default 4 bits.
+
+    Args:
+        bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
+        scaled: shrink stochastic rounding with L2 norm for error feedback; see :class:`hvd_qsgd.Scaled`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        bucket_size: int = 512,
+        norm: str = "max",
+        rounding: str = "stochastic",
+        scaled: bool = False,
+        **settings: Any,
+    ) -> None:
+        codec = QSGD(bits, bucket_size, norm, rounding)
+        super().__init__(Scaled(codec) if scaled else codec, **settings)
+
+
+class TopKCompressor(CompressorBase):
+    """The largest values only, with error feedback.
+
+    Args:
+        ratio, k, values: see :class:`hvd_qsgd.TopK`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+    """
+
+    def __init__(
+        self, ratio: float | None = 0.01, k: int | None = None, values: str = "float32", **settings: Any
+    ) -> None:
+        super().__init__(TopK(ratio, k, values), **settings)
+
+
+class IdentityCompressor(CompressorBase):
+    """Sends float32 through the same path as the others, for comparison."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(Identity(), **settings)
+
+
+class CastCompressor(CompressorBase):
+    """Sends float16 or bfloat16 and adds up in float32.
+
+    Args:
+        dtype: see :class:`hvd_qsgd.Cast`.
+        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+    """
+
+    def __init__(self, dtype: str = "float16", **settings: Any) -> None:
+        super().__init__(Cast(dtype), **settings)
+
+
+class SignCompressor(CompressorBase):
     """One bit a value with error feedback: EF-SignSGD.
 
     Args:
@@ -20,7 +89,7 @@ class SignBase(CompressorBase):
         super().__init__(Sign(bucket_size), **settings)
 
 
-class RandomKBase(CompressorBase):
+class RandomKCompressor(CompressorBase):
     """Random values at positions that all ranks draw alike, added up in one allreduce; with error feedback.
 
     Args:
@@ -32,7 +101,7 @@ class RandomKBase(CompressorBase):
         super().__init__(RandomK(ratio, unbiased), **settings)
 
 
-class EliasQSGDBase(CompressorBase):
+class EliasQSGDCompressor(CompressorBase):
     """QSGD with L2 norm and entropy coding, as in the paper.
 
     Args:
@@ -54,7 +123,7 @@ class EliasQSGDBase(CompressorBase):
         super().__init__(Scaled(codec) if scaled else codec, **settings)
 
 
-class RowTopKBase(CompressorBase):
+class RowTopKCompressor(CompressorBase):
     """The largest values of every row of consecutive values, with error feedback.
 
     Args:
@@ -66,7 +135,7 @@ class RowTopKBase(CompressorBase):
         super().__init__(RowTopK(ratio, row), **settings)
 
 
-class GlobalTopKBase(CompressorBase):
+class GlobalTopKCompressor(CompressorBase):
     """The largest values of all tensors of a fusion buffer, with error feedback.
 
     Args:
@@ -80,7 +149,7 @@ class GlobalTopKBase(CompressorBase):
         super().__init__(GlobalTopK(ratio, k, values), **settings)
 
 
-class ThresholdTopKBase(CompressorBase):
+class ThresholdTopKCompressor(CompressorBase):
     """About the largest values, by a threshold that is used again, sampled or estimated; with error feedback.
 
     Args:
@@ -99,7 +168,7 @@ class ThresholdTopKBase(CompressorBase):
         super().__init__(ThresholdTopK(ratio, None, values, method, every), **settings)
 
 
-class PowerSGDBase(CompressorBase):
+class PowerSGDCompressor(CompressorBase):
     """Thin factors of each gradient matrix, by two allreduces; with error feedback.
 
     Args:
@@ -111,7 +180,7 @@ class PowerSGDBase(CompressorBase):
         super().__init__(PowerSGD(rank), **settings)
 
 
-class IntSGDBase(CompressorBase):
+class IntSGDCompressor(CompressorBase):
     """Integers on a grid known from past means, by one allreduce.
 
     Args:

@@ -81,18 +81,22 @@ class Stats:
     decisions: dict[str, str] = field(default_factory=dict)
 
     def total(self, attribute: str) -> float:
+        """The sum of a number over all tensors."""
         return sum(getattr(tensor, attribute) for tensor in self.tensors.values())
 
     @property
     def raw_bytes(self) -> int:
+        """Of the gradients, in their own dtypes."""
         return int(self.total("raw_bytes"))
 
     @property
     def payload_bytes(self) -> int:
+        """Of what the codecs made of them."""
         return int(self.total("payload_bytes"))
 
     @property
     def wire_bytes(self) -> float:
+        """That this rank sent, with collectives run as rings."""
         return self.total("wire_bytes")
 
     @property
@@ -116,6 +120,7 @@ class Stats:
         return math.hypot(*norms) if norms else None
 
     def copy(self) -> Stats:
+        """As it is now; statistics go on counting."""
         tensors = {name: dataclasses.replace(tensor) for name, tensor in self.tensors.items()}
         return Stats(tensors, dict(self.decisions))
 

@@ -291,6 +291,11 @@ def check_halves(codec: QSGD, kernels: Any, x: np.ndarray, dtype: str, key: int 
 # -- exchanges --------------------------------------------------------------------------------
 
 
+def make_inputs(ranks: int, lengths: tuple[int, ...] = (1000, 0, 1, 515), seed: int = 0) -> list[list[np.ndarray]]:
+    """Normally distributed parts of every rank, for :func:`make_jobs`."""
+    return [[gauss(length, seed + 100 * rank + i) for i, length in enumerate(lengths)] for rank in range(ranks)]
+
+
 def make_jobs(
     codecs: Codec | Sequence[Codec],
     inputs: Sequence[Sequence[np.ndarray]],

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkers import make_jobs, run_exchange, wrapper
-from test_exchanges import EACH_PAIR, make_inputs
+from checkers import make_inputs, make_jobs, run_exchange, wrapper
+from test_exchanges import EACH_PAIR
 
 from hvd_qsgd import QSGD, Codec, EliasQSGD, Identity, ThresholdTopK, TopK
 from hvd_qsgd.collectives.simulated import simulate

@@ -27,7 +27,6 @@ from hvd_qsgd.cli import app
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/README.md")]
 )
-IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # -- the site -----------------------------------------------------------------------------------------
 

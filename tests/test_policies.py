@@ -40,6 +40,31 @@ def test_the_first_rule_that_fits_gives_the_codec(rules: dict[str, Any]) -> None
     assert repr(policy) == repr(Rules(TEXT))
 
 
+class Large(Policy):
+    """A policy as a user may write one: what is small is left to Horovod."""
+
+    def __init__(self, inner: Codec, elements: int) -> None:
+        self.inner, self.elements = inner, elements
+
+    def choices(self, tensor: Tensor) -> list[Codec]:
+        return [self.inner] if tensor.elements >= self.elements else []
+
+    def codec(self, tensor: Tensor) -> Codec | None:
+        return self.inner if tensor.elements >= self.elements else None
+
+    def every_codec(self) -> list[Codec]:
+        return [self.inner]
+
+    def config(self) -> dict[str, Any]:
+        return {"policy": "large", "codec": self.inner.config(), "elements": self.elements}
+
+
+def test_a_policy_of_a_users_own_reads_the_same_on_all_ranks() -> None:
+    one, other = Large(TopK(), 5000), Large(TopK(), 5000)
+    assert repr(one) == repr(other) == f"Large(codec={TopK().config()}, elements=5000)"
+    assert repr(Large(TopK(), 5001)) != repr(one) != repr(Large(TopK(0.1), 5000))
+
+
 def test_rules_from_yaml(tmp_path: Path) -> None:
     path = tmp_path / "rules.yaml"
     path.write_text('"*.bias": none\n"embed* >= 100000": topk(0.02)\ndefault: qsgd(4, bucket_size=64)\n')

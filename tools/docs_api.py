@@ -11,7 +11,7 @@ ROLE = re.compile(r":(?:class|meth|func|attr|mod|data):`~?([\w.]+)`")
 
 
 class Docstrings(griffe.Extension):
-    """Classes made as ``__doc__ = Base.__doc__`` show the base's text and arguments; roles of Sphinx become links."""
+    """Classes in the family.py of a framework show their base's text and arguments; roles of Sphinx become links."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         self._visit(pkg, pkg)
@@ -20,7 +20,7 @@ class Docstrings(griffe.Extension):
         for member in item.members.values():
             if isinstance(member, griffe.Object):
                 self._visit(member, package)
-        if isinstance(item, griffe.Class) and item.docstring is None and "__doc__" in item.members:
+        if isinstance(item, griffe.Class) and item.docstring is None and str(item.parent.path).endswith(".family"):
             base = package[item.bases[0].canonical_path.partition(".")[2]]
             item.docstring = base.docstring
             item.set_member("__init__", griffe.Alias("__init__", base.members["__init__"]))

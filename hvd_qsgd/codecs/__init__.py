@@ -1,69 +1,18 @@
-"""Codecs: what is sent. One file per codec; the registry below is the only list of them."""
+"""Codecs: what is sent. One file per codec; ``registry.py`` is the only list of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hvd_qsgd.codecs.base import Codec, Kernels
-from hvd_qsgd.codecs.cast import Cast
-from hvd_qsgd.codecs.elias import EliasQSGD
-from hvd_qsgd.codecs.identity import Identity
-from hvd_qsgd.codecs.intsgd import IntSGD
-from hvd_qsgd.codecs.minmax import MinMax
-from hvd_qsgd.codecs.powersgd import PowerSGD
-from hvd_qsgd.codecs.qsgd import QSGD
-from hvd_qsgd.codecs.random_k import RandomK
-from hvd_qsgd.codecs.rows import Rows
-from hvd_qsgd.codecs.scaled import Scaled
-from hvd_qsgd.codecs.sign import Sign
-from hvd_qsgd.codecs.topk import TopK
-from hvd_qsgd.codecs.topk_global import GlobalTopK
-from hvd_qsgd.codecs.topk_rows import RowTopK
-from hvd_qsgd.codecs.topk_threshold import ThresholdTopK
+from hvd_qsgd.codecs import registry
+from hvd_qsgd.codecs.base import Codec as Codec
+from hvd_qsgd.codecs.base import Kernels as Kernels
+from hvd_qsgd.codecs.registry import *  # noqa: F403
 from hvd_qsgd.errors import ConfigError
 
 CODECS: dict[str, type[Codec]] = {
-    codec.name: codec
-    for codec in (
-        QSGD,
-        TopK,
-        MinMax,
-        Rows,
-        Identity,
-        Cast,
-        Scaled,
-        RandomK,
-        Sign,
-        EliasQSGD,
-        RowTopK,
-        GlobalTopK,
-        ThresholdTopK,
-        PowerSGD,
-        IntSGD,
-    )
+    codec.name: codec for codec in vars(registry).values() if isinstance(codec, type) and issubclass(codec, Codec)
 }
-
-__all__ = [
-    "CODECS",
-    "QSGD",
-    "Cast",
-    "Codec",
-    "EliasQSGD",
-    "GlobalTopK",
-    "Identity",
-    "IntSGD",
-    "Kernels",
-    "MinMax",
-    "PowerSGD",
-    "RandomK",
-    "RowTopK",
-    "Rows",
-    "Scaled",
-    "Sign",
-    "ThresholdTopK",
-    "TopK",
-    "codec_from_config",
-]
 
 
 def codec_from_config(config: dict[str, Any]) -> Codec:

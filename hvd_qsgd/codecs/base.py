@@ -37,16 +37,34 @@ class Kernels(ABC):
 
     @abstractmethod
     def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:
-        """Encode ``x`` into the start of ``out`` and return the number of bytes written.
+        """Encode ``x`` into the start of ``out``.
 
-        ``first`` is the position of ``x[0]`` in its tensor, a multiple of the codec's
-        granularity: it picks the random words, so that a tensor encoded in parts gives
-        the codes of the tensor encoded whole.
+        Args:
+            x: float32 of shape (elements,); stays as it is.
+            out: uint8 of shape (bytes,), ``payload_size(elements)`` of them at least.
+            key: 64-bit key of the random words (see ``hvd_qsgd.random_words``).
+            first: position of ``x[0]`` in its tensor, a multiple of the codec's granularity. It picks the random
+                words, so that a tensor encoded in parts gives the codes of the tensor encoded whole.
+
+        Returns:
+            The number of bytes written.
+
+        Raises:
+            PayloadError: the payload does not fit into ``out``.
         """
 
     @abstractmethod
     def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
-        """Decode ``payload`` and set, add to or subtract from ``out``."""
+        """Decode a payload of as many elements as ``out`` has.
+
+        Args:
+            payload: uint8 of shape (bytes,), without anything behind it.
+            out: float32 of shape (elements,).
+            mode: "set", "add" or "subtract": what happens to ``out``.
+
+        Raises:
+            PayloadError: the payload does not fit the configuration and the length, or is damaged.
+        """
 
     def average_into(self, message: Any, spans: Sequence[tuple[int, int]], out: Any) -> None:
         """Set ``out`` to the mean of the payloads that stand at ``message[start:stop]``.
@@ -97,7 +115,7 @@ class Kernels(ABC):
     def with_memory(self, memory: dict[str, Any]) -> Kernels:
         """The kernels for one tensor of one rank, for codecs that learn from step to step.
 
-        ``memory`` is kept for the tensor, starts empty and is saved in checkpoints.
+        ``memory`` belongs to the tensor, starts empty, is written to here, and is saved in checkpoints.
         """
         return self
 
@@ -158,11 +176,6 @@ class Codec(Kernels):
         :func:`hvd_qsgd.feedback.check_feedback`).
         """
         return False
-
-    @property
-    def value_dtype(self) -> type | None:
-        """float32, or None for codecs that say nothing about single values."""
-        return np.float32
 
     @abstractmethod
     def payload_size(self, length: int) -> int:
@@ -256,12 +269,13 @@ def unknown_mode(mode: str) -> ConfigError:
 
 
 def check_choice(codec: str, field: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ConfigError unless the value of a codec's field is one of the choices."""
     if value not in choices:
         raise ConfigError(f"{codec}: {field}={value!r} is not one of {', '.join(map(repr, choices))}.")
 
 
 def check_integer(codec: str, field: str, value: Any, low: int, high: int) -> int:
-    """The value as a plain int, which survives JSON."""
+    """The value as a plain int, which survives JSON; ConfigError unless it is one from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ConfigError(f"{codec}: {field}={value!r} must be a whole number from {low} to {high}.")
     return int(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.errors import UnsupportedError
@@ -12,9 +12,6 @@ from hvd_qsgd.errors import UnsupportedError
 @dataclass(frozen=True)
 class ExchangedCodec(Codec):
     """A configuration for the exchange that does all the work, on arrays of any backend."""
-
-    #: The exchange's messages are of this type.
-    sum_dtype: ClassVar[str] = "float32"
 
     @property
     def granularity(self) -> int:

@@ -35,7 +35,6 @@ class IntSGD(ExchangedCodec):
 
     name: ClassVar[str] = "intsgd"
     exchanges: ClassVar[tuple[str, ...]] = ("intsgd",)
-    sum_dtype: ClassVar[str] = "int32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_integer("IntSGD", "bits", self.bits, 2, 8))

@@ -141,10 +141,6 @@ class QSGD(Codec):
 
     # -- the allreduce exchange: levels on agreed scales, summed in lanes of int32 words -----
 
-    @property
-    def lanes_dtype(self) -> str:
-        return "int32"
-
     def lane_width(self, ranks: int) -> int:
         """Bits of a lane: the smallest w with ``ranks * 2s < 2^w``."""
         width = int(ranks * 2 * self.levels).bit_length()
@@ -216,7 +212,7 @@ class QSGD(Codec):
     # -- the arithmetic ---------------------------------------------------------------------
 
     def scales(self, x: np.ndarray) -> np.ndarray:
-        """The scale of each bucket, float32 of shape (buckets,); NaN where a bucket is not finite."""
+        """The scale of each bucket of ``x``, float32 of shape (buckets,); NaN where a bucket is not finite."""
         scales = np.empty(self.buckets(x.size), np.float32)
         for rows, part, _ in self._rows(x, scales, 0):
             largest = (rows.view(np.uint32) & ABS_MASK).max(axis=1)

@@ -67,7 +67,7 @@ class RandomK(Codec):
         return KEY_BYTES + 4 * self.sum_length(length)
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
-        """Payload: the key, which tells the positions, and the values."""
+        """See :meth:`Kernels.encode_into`. Payload: the key, which tells the positions, and the values."""
         values = np.empty(self.sum_length(x.size), np.float32)
         self.to_sum(x, values, key)
         out[:KEY_BYTES] = np.frombuffer(int(key).to_bytes(KEY_BYTES, "little"), np.uint8)
@@ -84,6 +84,7 @@ class RandomK(Codec):
     # -- the linear exchange -----------------------------------------------------------------
 
     def to_sum(self, x: np.ndarray, out: np.ndarray, key: int, first: int = 0) -> None:
+        """Write the values at the drawn positions, float32; all NaN unless all of ``x`` is finite."""
         if not self.all_finite(x):
             out[...] = np.nan
             return
@@ -94,6 +95,7 @@ class RandomK(Codec):
                 out *= sizes.astype(np.float32)
 
     def from_sum(self, sums: np.ndarray, out: np.ndarray, count: int, key: int, first: int = 0) -> None:
+        """Spread the sum of the values of ``count`` ranks, divided by ``count``; zeros elsewhere."""
         positions, _ = self.positions(out.size, key)
         # A value that is not finite somewhere made all values NaN.
         out[...] = np.nan if len(sums) and np.isnan(sums[0]) else 0

@@ -46,6 +46,7 @@ class Scaled(Codec):
 
     @property
     def factor(self) -> np.float32:
+        """1 / (1 + omega), by which the inner codec's values are multiplied."""
         return np.float32(1 / (1 + self.inner.omega))
 
     @property
@@ -91,9 +92,11 @@ class Scaled(Codec):
         return getattr(self.inner, name)
 
     def from_lanes(self, sums: np.ndarray, agreed: np.ndarray, ranks: int, out: np.ndarray, count: int) -> None:
+        """See :meth:`QSGD.from_lanes`; times the factor."""
         self.inner.from_lanes(sums, agreed, ranks, out, count)
         out *= self.factor
 
     def from_sum(self, sums: np.ndarray, out: np.ndarray, count: int, key: int, first: int = 0) -> None:
+        """See :meth:`RandomK.from_sum`; times the factor."""
         self.inner.from_sum(sums, out, count, key, first)
         out *= self.factor

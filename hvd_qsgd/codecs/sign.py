@@ -49,13 +49,14 @@ class Sign(Codec):
         return True
 
     def buckets(self, length: int) -> int:
+        """Number of buckets of ``length`` elements; the last one may be short."""
         return -(-length // self.bucket_size)
 
     def payload_size(self, length: int) -> int:
         return 4 * self.buckets(length) + -(-length // 8)
 
     def encode_into(self, x: np.ndarray, out: np.ndarray, key: int = 0, first: int = 0) -> int:
-        """Payload: the scales, then the bit map of the negative values from bit 0 up."""
+        """See :meth:`Kernels.encode_into`. Payload: the scales, then the bit map of negative values from bit 0 up."""
         size, at = self.payload_size(x.size), 4 * self.buckets(x.size)
         self.check_room(out, size)
         out[:at] = self.scales(x).astype("<f4").view(np.uint8)

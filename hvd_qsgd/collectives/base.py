@@ -23,14 +23,38 @@ class Collectives(Protocol):
     """Asynchronous collectives among the ranks of one group."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Of this process in the group, from 0."""
+        ...
 
     @property
-    def ranks(self) -> int: ...
+    def ranks(self) -> int:
+        """How many there are."""
+        ...
 
     def start(self, request: Request) -> Handle:
         """Start a collective that every rank of the group starts under the same name."""
         ...
+
+
+class OfProcessSet:
+    """Rank and size of a Horovod process set of any framework.
+
+    They are asked anew each time, because an elastic job changes them.
+    """
+
+    def __init__(self, process_set: Any) -> None:
+        self.process_set = process_set
+
+    @property
+    def rank(self) -> int:
+        """See :class:`Collectives`."""
+        return int(self.process_set.rank())
+
+    @property
+    def ranks(self) -> int:
+        """See :class:`Collectives`."""
+        return int(self.process_set.size())
 
 
 class Names:
@@ -46,4 +70,5 @@ class Names:
 
     @classmethod
     def of(cls, name: str) -> str:
+        """The name that all ranks of this generation of the job use."""
         return f"hvd_qsgd.{cls.generation}.{name}"

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 
-from hvd_qsgd.collectives.base import Names
+from hvd_qsgd.collectives.base import Names, OfProcessSet
 from hvd_qsgd.exchanges.base import AllToAll, Request, phase_of
 
 #: The types of what goes into a collective of each kind.
@@ -74,20 +74,12 @@ class Finished:
         return self.outcome
 
 
-class HorovodCollectives:
+class HorovodCollectives(OfProcessSet):
     """The ranks of a Horovod process set, for collectives outside of any graph; they return when they have ended."""
 
     def __init__(self, process_set: Any = hvd.global_process_set) -> None:
-        self.process_set = process_set
+        super().__init__(process_set)
         self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
-
-    @property
-    def rank(self) -> int:
-        return int(self.process_set.rank())
-
-    @property
-    def ranks(self) -> int:
-        return int(self.process_set.size())
 
     def start(self, request: Request) -> Finished:
         phase = phase_of(request)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_qsgd.collectives.base import Handle, Names
+from hvd_qsgd.collectives.base import Handle, Names, OfProcessSet
 from hvd_qsgd.errors import ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Request, ToHost
 from hvd_qsgd.kernels.torch.transfer import OnHost, ToPinned
@@ -111,22 +111,11 @@ class StagedHandle:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-class HorovodCollectives:
-    """The ranks of a Horovod process set.
-
-    Rank and size are asked anew each time, because an elastic job changes them.
-    """
+class HorovodCollectives(OfProcessSet):
+    """The ranks of a Horovod process set."""
 
     def __init__(self, process_set: Any = hvd.global_process_set) -> None:
-        self.process_set = process_set
-
-    @property
-    def rank(self) -> int:
-        return int(self.process_set.rank())
-
-    @property
-    def ranks(self) -> int:
-        return int(self.process_set.size())
+        super().__init__(process_set)
 
     def start(self, request: Request) -> Handle:
         tensor = wrap(request.array)

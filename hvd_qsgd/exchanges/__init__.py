@@ -1,6 +1,6 @@
 """Exchanges: how the payloads of all ranks become one mean.
 
-One file per exchange; the registry below is the only list of them. Every exchange ends in
+One file per exchange; ``registry.py`` is the only list of them. Every exchange ends in
 the same bits on every rank.
 """
 
@@ -8,23 +8,11 @@ from __future__ import annotations
 
 from hvd_qsgd.codecs.base import Codec
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.exchanges.allgather import ALLGATHER
-from hvd_qsgd.exchanges.allreduce import ALLREDUCE
+from hvd_qsgd.exchanges import registry
 from hvd_qsgd.exchanges.base import Exchange, Job, Piece, Steps
-from hvd_qsgd.exchanges.intsgd import INTSGD
 from hvd_qsgd.exchanges.joined import joined
-from hvd_qsgd.exchanges.linear import LINEAR
-from hvd_qsgd.exchanges.powersgd import POWERSGD
-from hvd_qsgd.exchanges.scatter_gather import SCATTER_GATHER
 
-EXCHANGES: dict[str, Exchange] = {
-    "allgather": ALLGATHER,
-    "scatter_gather": SCATTER_GATHER,
-    "allreduce": ALLREDUCE,
-    "linear": LINEAR,
-    "powersgd": POWERSGD,
-    "intsgd": INTSGD,
-}
+EXCHANGES = {exchange.name: exchange for exchange in vars(registry).values() if isinstance(exchange, Exchange)}
 #: Chosen by the number of ranks; chosen by measurement, which may also turn compression off.
 BY_RANKS, AUTO = "by_ranks", "auto"
 

@@ -130,6 +130,7 @@ class Piece:
     finite: bool | None = field(default=None, init=False)
 
     def key(self, phase: int = 0) -> int:
+        """Of the random words: phase 0 encodes what this rank contributes, 1 the mean."""
         return key_of(self.stream, self.step, phase)
 
 
@@ -151,7 +152,15 @@ class Segment:
 
 @dataclass
 class Job:
-    """One exchange: some pieces that travel together between the ranks of one group."""
+    """One exchange: some pieces that travel together between the ranks of one group.
+
+    Args:
+        name: of the exchange, the same on all ranks; its collectives are named after it.
+        pieces: in the same order on all ranks.
+        kernels: of the codec, for the arrays of the pieces.
+        rank, ranks: this one in the group, and how many there are.
+        empty: makes uninitialized arrays like those of the pieces.
+    """
 
     name: str
     pieces: Sequence[Piece]
@@ -166,6 +175,7 @@ class Job:
 
     @property
     def payload_bytes(self) -> int:
+        """Of this rank, once it has encoded."""
         return sum(piece.payload_bytes for piece in self.pieces)
 
     @property
@@ -215,6 +225,7 @@ class Job:
         return (self.fingerprint(exchange) ^ keys) & ((1 << CHECK_BITS) - 1)
 
     def other_sums(self) -> ExchangeError:
+        """What is raised where the check bits of the ranks do not add up."""
         return self.disagreement(
             "the ranks do not agree on what they add up: they have other settings, another seed, or other steps behind "
             "them, as after hvd.join() or with checkpoints of different steps, where compressor.reset() on all ranks "
@@ -222,6 +233,7 @@ class Job:
         )
 
     def disagreement(self, detail: str) -> ExchangeError:
+        """What is raised where another rank does not mean the same exchange."""
         return ExchangeError(
             f"Rank {self.rank}, exchange {self.name!r}: {detail}. All ranks must run the same model with the same "
             f"compressor settings; here they are {self.codec.config()}."
@@ -390,7 +402,7 @@ def shards_of(job: Job) -> list[list[Segment]]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """An exchange as the registry lists it: call it with a job."""
+    """An exchange as the registry lists it, under the name of its generator function: call it with a job."""
 
     steps: Callable[[Job], Steps]
     #: Of a codec, a number of elements and a number of ranks.
@@ -398,6 +410,10 @@ class Exchange:
     #: The collectives that it yields, in order, for frameworks that build their graph beforehand: "allgather",
     #: "alltoall", "max" and "sum" of int32 words, "sum_float" of float32 ones. Empty where that does not describe it.
     phases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.steps.__name__
 
     def __call__(self, job: Job) -> Steps:
         return self.steps(job)

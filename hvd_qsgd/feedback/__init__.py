@@ -1,7 +1,8 @@
-"""Feedback: what is remembered of a tensor from step to step. One file per kind; the registry below is the only list.
+"""Feedback: what is remembered of a tensor from step to step.
 
-A kind has settings, which are its constructor's arguments, and a memory by tensor name. The
-memory belongs to one rank. Arrays are flat float32 of any backend.
+One file per kind; ``registry.py`` is the only list of them. A kind has settings, which are its
+constructor's arguments, and a memory by tensor name. The memory belongs to one rank. Arrays are
+flat float32 of any backend.
 """
 
 from __future__ import annotations
@@ -9,25 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.feedback.base import Feedback
-from hvd_qsgd.feedback.dgc import MomentumCorrection
-from hvd_qsgd.feedback.ef21 import EF21
-from hvd_qsgd.feedback.guard import check_feedback
-from hvd_qsgd.feedback.loco import LoCo
-from hvd_qsgd.feedback.residual import ErrorFeedback
+from hvd_qsgd.feedback import registry
+from hvd_qsgd.feedback.base import Feedback as Feedback
+from hvd_qsgd.feedback.guard import check_feedback as check_feedback
+from hvd_qsgd.feedback.registry import *  # noqa: F403
 
-FEEDBACKS: dict[str, type[Feedback]] = {kind.name: kind for kind in (ErrorFeedback, EF21, LoCo, MomentumCorrection)}
-
-__all__ = [
-    "EF21",
-    "FEEDBACKS",
-    "ErrorFeedback",
-    "Feedback",
-    "LoCo",
-    "MomentumCorrection",
-    "check_feedback",
-    "feedback_from_config",
-]
+FEEDBACKS: dict[str, type[Feedback]] = {
+    kind.name: kind for kind in vars(registry).values() if isinstance(kind, type) and issubclass(kind, Feedback)
+}
 
 
 def feedback_from_config(config: dict[str, Any]) -> Feedback:

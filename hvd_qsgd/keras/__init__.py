@@ -13,38 +13,8 @@ from hvd_qsgd.keras.versions import check_keras
 
 check_keras()
 
-from hvd_qsgd.keras.callbacks import (  # noqa: E402  (only with a Keras that works)
-    BroadcastGlobalVariablesCallback,
-    MetricAverageCallback,
-)
-from hvd_qsgd.keras.optimizer import DistributedOptimizer  # noqa: E402
-from hvd_qsgd.tensorflow import (  # noqa: E402
-    CastCompressor,
-    Compressor,
-    EliasQSGDCompressor,
-    GlobalTopKCompressor,
-    IdentityCompressor,
-    QSGDCompressor,
-    RandomKCompressor,
-    RowTopKCompressor,
-    SignCompressor,
-    ThresholdTopKCompressor,
-    TopKCompressor,
-)
-
-__all__ = [
-    "BroadcastGlobalVariablesCallback",
-    "CastCompressor",
-    "Compressor",
-    "DistributedOptimizer",
-    "EliasQSGDCompressor",
-    "GlobalTopKCompressor",
-    "IdentityCompressor",
-    "MetricAverageCallback",
-    "QSGDCompressor",
-    "RandomKCompressor",
-    "RowTopKCompressor",
-    "SignCompressor",
-    "ThresholdTopKCompressor",
-    "TopKCompressor",
-]
+# Only with a Keras that works.
+from hvd_qsgd.keras.callbacks import BroadcastGlobalVariablesCallback as BroadcastGlobalVariablesCallback  # noqa: E402
+from hvd_qsgd.keras.callbacks import MetricAverageCallback as MetricAverageCallback  # noqa: E402
+from hvd_qsgd.keras.optimizer import DistributedOptimizer as DistributedOptimizer  # noqa: E402
+from hvd_qsgd.tensorflow.family import *  # noqa: E402, F403

@@ -36,6 +36,9 @@ class Settings:
         memory_limit: bytes of feedback memories of one end of one direction that stay in main memory.
         directory: where memories beyond that are kept; see :class:`RowStore`.
         verify_every: every how many messages both ends compare what was decoded; the first always is.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     seed: int = 0

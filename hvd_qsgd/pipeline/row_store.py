@@ -36,10 +36,12 @@ class RowStore:
 
     @property
     def memory_bytes(self) -> int:
+        """Of the rows that are in memory."""
         return sum(block.nbytes for block in self._blocks if not isinstance(block, np.memmap))
 
     @property
     def disk_bytes(self) -> int:
+        """Of the rows that are in files."""
         return sum(block.nbytes for block in self._blocks if isinstance(block, np.memmap))
 
     def known(self, keys: np.ndarray) -> np.ndarray:
@@ -67,6 +69,7 @@ class RowStore:
             self._row(slot)[...] = row
 
     def clear(self) -> None:
+        """Forget all rows."""
         self._slots.clear()
         self._blocks.clear()
 
@@ -79,10 +82,12 @@ class RowStore:
         return total.digest()
 
     def state_dict(self) -> dict[str, Any]:
+        """The "keys", int64 of shape (rows,), and "rows", float32 of shape (rows, features)."""
         keys = np.array(sorted(self._slots), np.int64)
         return {"keys": keys, "rows": self.read(keys, self._features)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold what :meth:`state_dict` gave, and nothing else."""
         self.clear()
         if len(state["keys"]):
             self.write(np.asarray(state["keys"]), np.asarray(state["rows"], np.float32))

@@ -59,7 +59,12 @@ class Policy(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The settings as a dictionary that survives JSON."""
+        """The settings as a dictionary that survives JSON, with the kind under "policy"."""
+
+    def __repr__(self) -> str:
+        # Ranks compare it. Python's default has the object's address in it, which is another one on each rank.
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.config().items() if name != "policy")
+        return f"{type(self).__name__}({settings})"
 
     def check_names(self, names: Collection[str]) -> None:
         """Raise ConfigError if the policy names tensors that the model, which has all of ``names``, does not have."""
@@ -89,7 +94,7 @@ class Policy(ABC):
 
 @dataclass
 class Fixed(Policy):
-    """One codec for all tensors and all time."""
+    """One codec for all tensors and all time; None compresses nothing."""
 
     only: Codec | None = field()
 

@@ -75,6 +75,7 @@ class Rules(Policy):
         return f"Rules({self._text})"
 
     def policy_of(self, tensor: Tensor) -> Policy:
+        """That of the first rule that fits the tensor, else the default."""
         for pattern, low, high, policy in self._rules:
             if fnmatch.fnmatchcase(tensor.name, pattern) and low <= tensor.elements < high:
                 return policy

@@ -10,32 +10,4 @@ from hvd_qsgd.tensorflow.versions import check_versions
 
 check_versions()
 
-from hvd_qsgd.tensorflow.compressor import (  # noqa: E402  (only versions that work can be imported)
-    CastCompressor,
-    Compressor,
-    IdentityCompressor,
-    QSGDCompressor,
-    TopKCompressor,
-)
-from hvd_qsgd.tensorflow.family import (  # noqa: E402
-    EliasQSGDCompressor,
-    GlobalTopKCompressor,
-    RandomKCompressor,
-    RowTopKCompressor,
-    SignCompressor,
-    ThresholdTopKCompressor,
-)
-
-__all__ = [
-    "CastCompressor",
-    "Compressor",
-    "EliasQSGDCompressor",
-    "GlobalTopKCompressor",
-    "IdentityCompressor",
-    "QSGDCompressor",
-    "RandomKCompressor",
-    "RowTopKCompressor",
-    "SignCompressor",
-    "ThresholdTopKCompressor",
-    "TopKCompressor",
-]
+from hvd_qsgd.tensorflow.family import *  # noqa: E402, F403  (only versions that work can be imported)

@@ -30,7 +30,7 @@ from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
-from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
+from hvd_qsgd.compressor import CompressorBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
@@ -338,19 +338,3 @@ def undifferentiable(tensor: tf.Tensor, mean: tf.Tensor) -> Any:
         )
 
     return mean, gradient
-
-
-class QSGDCompressor(QSGDBase, Compressor):
-    __doc__ = QSGDBase.__doc__
-
-
-class TopKCompressor(TopKBase, Compressor):
-    __doc__ = TopKBase.__doc__
-
-
-class IdentityCompressor(IdentityBase, Compressor):
-    __doc__ = IdentityBase.__doc__
-
-
-class CastCompressor(CastBase, Compressor):
-    __doc__ = CastBase.__doc__

@@ -1,37 +1,37 @@
-"""Compressors around the further codecs that TensorFlow can exchange."""
+"""A compressor for each codec, for TensorFlow; ``hvd_qsgd.family`` says what their settings mean.
 
-from __future__ import annotations
+Those that TensorFlow cannot exchange are left out.
+"""
 
-from hvd_qsgd.family import (
-    EliasQSGDBase,
-    GlobalTopKBase,
-    RandomKBase,
-    RowTopKBase,
-    SignBase,
-    ThresholdTopKBase,
-)
-from hvd_qsgd.tensorflow.compressor import Compressor
+from hvd_qsgd import family as _family
+from hvd_qsgd.tensorflow.compressor import Compressor as Compressor
 
 
-class SignCompressor(SignBase, Compressor):
-    __doc__ = SignBase.__doc__
+class CastCompressor(_family.CastCompressor, Compressor): ...
 
 
-class RandomKCompressor(RandomKBase, Compressor):
-    __doc__ = RandomKBase.__doc__
+class EliasQSGDCompressor(_family.EliasQSGDCompressor, Compressor): ...
 
 
-class EliasQSGDCompressor(EliasQSGDBase, Compressor):
-    __doc__ = EliasQSGDBase.__doc__
+class GlobalTopKCompressor(_family.GlobalTopKCompressor, Compressor): ...
 
 
-class RowTopKCompressor(RowTopKBase, Compressor):
-    __doc__ = RowTopKBase.__doc__
+class IdentityCompressor(_family.IdentityCompressor, Compressor): ...
 
 
-class GlobalTopKCompressor(GlobalTopKBase, Compressor):
-    __doc__ = GlobalTopKBase.__doc__
+class QSGDCompressor(_family.QSGDCompressor, Compressor): ...
 
 
-class ThresholdTopKCompressor(ThresholdTopKBase, Compressor):
-    __doc__ = ThresholdTopKBase.__doc__
+class RandomKCompressor(_family.RandomKCompressor, Compressor): ...
+
+
+class RowTopKCompressor(_family.RowTopKCompressor, Compressor): ...
+
+
+class SignCompressor(_family.SignCompressor, Compressor): ...
+
+
+class ThresholdTopKCompressor(_family.ThresholdTopKCompressor, Compressor): ...
+
+
+class TopKCompressor(_family.TopKCompressor, Compressor): ...

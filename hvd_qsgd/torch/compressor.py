@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import horovod.torch as hvd
-import numpy as np
 import torch
 
 from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.compressor import CastBase, CompressorBase, IdentityBase, QSGDBase, TopKBase, class_or_instance
+from hvd_qsgd.compressor import CompressorBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
@@ -32,6 +31,7 @@ from hvd_qsgd.torch.callsite import CallSite, find_call_site
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
 from hvd_qsgd.torch.rehearsal import Rehearsal
 from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
+from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, room_for_mean, scaled
 
 #: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
 #: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
@@ -102,6 +102,9 @@ class Compressor(CompressorBase):
             programs in which every other Horovod call between ``backward()`` and ``step()`` has a ``name=``: Horovod
             numbers those without, and with a thread the numbers differ between ranks, which then wait forever.
         settings: see :class:`hvd_qsgd.compressor.CompressorBase`.
+
+    Raises:
+        ConfigError: a value is out of range, or the settings do not go together.
     """
 
     framework = "torch"
@@ -144,7 +147,7 @@ class Compressor(CompressorBase):
         key = described.key
         if site.again:
             # All ranks hold the same bits. Compressing them once more would lose accuracy and spoil the residuals.
-            return self._carrier(site, tensor), Unchanged(tensor)
+            return carrier_for(site, tensor), Unchanged(tensor)
         measures = self.monitor is not None and self.monitor.starts(key)
         reason = self._bypass_reason(described, tensor.dtype, site.ranks)
         if reason:
@@ -170,7 +173,7 @@ class Compressor(CompressorBase):
         bring(tensor)
         with on_own_stream(tensor.device):
             context = self._take_off(site, described, tensor, bundles, measures)
-        return self._carrier(site, tensor), context
+        return carrier_for(site, tensor), context
 
     def _take_off(
         self,
@@ -194,7 +197,7 @@ class Compressor(CompressorBase):
         if measures:
             context.probe = Probe(source, own=context.corrected is not None)
             source = context.probe.x
-        context.out, context.in_place = self._room_for_mean(site, tensor, source)
+        context.out, context.in_place = room_for_mean(site, tensor, source)
         owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
         stream = stream_of(self.seed, owner, key)
         memory = self._memory.setdefault(key, {})
@@ -493,29 +496,9 @@ class Compressor(CompressorBase):
             return tensor.to(torch.float32), Unchanged(None, torch.bfloat16)
         return tensor, None
 
-    @staticmethod
-    def _room_for_mean(site: CallSite, tensor: torch.Tensor, source: Any) -> tuple[Any, bool]:
-        """An array for the mean of arrays like ``source``, and whether it is the tensor's memory."""
-        on_cpu = isinstance(source, np.ndarray)
-        # Horovod overwrites the gradient of a parameter anyway; elsewhere the tensor is the user's.
-        in_place = site.optimizer is not None and tensor.is_contiguous() and tensor is site.parameter.grad
-        if in_place and tensor.dtype == (torch.float32 if on_cpu else source.dtype):
-            return (array_of(tensor) if on_cpu else flat(tensor)), True
-        # Memory from NumPy comes in huge pages: touching 100 MB from torch for the first time can take 100 ms.
-        return (np.empty_like(source) if on_cpu else torch.empty_like(source)), False
-
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
         """What feedback starts from."""
         return array_of(tensor)
-
-    @staticmethod
-    def _carrier(site: CallSite, tensor: torch.Tensor) -> torch.Tensor:
-        if site.grouped:
-            # Horovod wants the tensors of a group on one device and of one type.
-            dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
-            return torch.ones(1, dtype=dtype, device=tensor.device)
-        # On the CPU, so that reading it does not wait for a device; float64 makes 1/n * n exact in float32.
-        return torch.ones(1, dtype=torch.float64)
 
 
 def tensor_of(name: str, tensor: torch.Tensor, state: OptimizerState | None = None) -> Tensor:
@@ -538,40 +521,3 @@ def planned(plan: dict[str, list[tuple[Slice, Bundle]]], name: str, tensor: torc
             f"ranks."
         )
     return bundles
-
-
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's values in one row, in its memory if they stand there so."""
-    # reshape() alone may give a view with gaps.
-    return tensor.detach().reshape(-1).contiguous()
-
-
-def array_of(tensor: torch.Tensor) -> Any:
-    """The tensor as a flat float32 array for the kernels, sharing its memory where it can."""
-    values = flat(tensor).to(torch.float32)
-    return values.numpy() if values.device.type == "cpu" else values
-
-
-def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
-    """The mean, multiplied in place by the reduced carrier."""
-    if carrier.device.type != "cpu":
-        # Looking whether it is 1 would make the host wait for the device.
-        return mean.mul_(carrier.to(torch.float32))
-    factor = float(carrier)
-    return mean if factor == 1.0 else mean.mul_(factor)
-
-
-class QSGDCompressor(QSGDBase, Compressor):
-    __doc__ = QSGDBase.__doc__
-
-
-class TopKCompressor(TopKBase, Compressor):
-    __doc__ = TopKBase.__doc__
-
-
-class IdentityCompressor(IdentityBase, Compressor):
-    __doc__ = IdentityBase.__doc__
-
-
-class CastCompressor(CastBase, Compressor):
-    __doc__ = CastBase.__doc__

@@ -18,7 +18,8 @@ from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.feedback import MomentumCorrection
 from hvd_qsgd.policies import WarmUp
 from hvd_qsgd.torch.callsite import CallSite
-from hvd_qsgd.torch.compressor import Compressor, array_of
+from hvd_qsgd.torch.compressor import Compressor
+from hvd_qsgd.torch.tensors import array_of
 
 
 @dataclass

@@ -200,15 +200,18 @@ class CompressorStateHandler(StateHandler):
         self.save()
 
     def save(self) -> None:
+        """Keep the state as it is, in memory; Horovod calls this at each commit."""
         self._saved = self.value.state_dict()
         self._ranks = hvd.size()
 
     def restore(self) -> None:
+        """Go back to what was kept; Horovod calls this when the job was interrupted."""
         # Nobody will answer what was under way.
         ENGINE.abandon()
         self.value.load_state_dict(self._saved)
 
     def sync(self) -> None:
+        """Let all ranks go on from one state; Horovod calls this when ranks have come or gone."""
         ENGINE.abandon()
         # Whoever is new has no steps yet, and no state to contribute.
         state = self.value.state_dict()

@@ -14,6 +14,7 @@ from rank_checks import assert_same_on_all_ranks, by_ranks, dyadic, gather, norm
 
 from hvd_qsgd import QSGD, Cast, Identity, TopK
 from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
+from hvd_qsgd.torch.tensors import carrier_for
 
 FACTORS = [
     ({}, 1.0),
@@ -138,13 +139,11 @@ def test_what_has_no_name() -> None:
 @pytest.mark.parametrize("exchange", REFERENCES)
 def test_what_has_no_name_on_a_rank_that_is_slow(monkeypatch: pytest.MonkeyPatch, exchange: str) -> None:
     # Horovod names what has no name after the number of collectives so far, of ours as well.
-    carrier = Compressor._carrier
-
     def late(*arguments: Any) -> torch.Tensor:
         time.sleep(0.1 * hvd.rank())
-        return carrier(*arguments)
+        return carrier_for(*arguments)
 
-    monkeypatch.setattr(Compressor, "_carrier", staticmethod(late))
+    monkeypatch.setattr("hvd_qsgd.torch.compressor.carrier_for", late)
     compressor = QSGDCompressor(exchange=exchange)
     for x in (normal(SHAPE), normal(SHAPE, 1)):
         assert_within_a_level(QSGD(), hvd.allreduce(x, compression=compressor), gather(x), roundings=2)

@@ -41,9 +41,10 @@ from hvd_qsgd.torch import (
     flights,
 )
 from hvd_qsgd.torch import compressor as compressor_module
-from hvd_qsgd.torch.compressor import flat
+from hvd_qsgd.torch import tensors as tensors_module
 from hvd_qsgd.torch.flights import empty_on, kernels_on
 from hvd_qsgd.torch.streams import bring, on_own_stream, own_stream
+from hvd_qsgd.torch.tensors import flat
 
 EXCHANGES = ["allgather", "scatter_gather", "allreduce"]
 SHAPE = (15, 100)
@@ -117,7 +118,8 @@ def test_half_precision_is_read_and_written_without_a_float32_copy(
     x = normal(SHAPE).to(dtype)
     (expected,) = averages(QSGDCompressor(exchange=exchange), [x])
     with stand_in.gpu(monkeypatch):
-        monkeypatch.setattr(compressor_module, "array_of", None)
+        for module in (compressor_module, tensors_module):
+            monkeypatch.setattr(module, "array_of", None)
         (result,) = averages(QSGDCompressor(exchange=exchange), [far(x)])
         assert result.dtype == dtype and torch.equal(result.inner, expected)
 

@@ -18,7 +18,7 @@ from hvd_qsgd.kernels.numba.reduce import all_finite
 
 jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
-MAGNITUDE, SIGN, INFINITY = (np.uint32(bits) for bits in (0x7FFFFFFF, 0x80000000, 0x7F800000))
+MAGNITUDE, INFINITY = (np.uint32(bits) for bits in (0x7FFFFFFF, 0x7F800000))
 #: The exponents of float32 are biased by so much more than those of float16.
 REBIAS = np.uint32((127 - 15) << 23)
 #: The smallest float16 that is not subnormal, and what is too large for any.

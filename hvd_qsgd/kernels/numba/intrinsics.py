@@ -13,7 +13,6 @@ from numba.extending import intrinsic
 from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
 
 I32 = ir.IntType(32)
-I8 = ir.IntType(8)
 
 
 def constant(value: int) -> ir.Constant:
