@@ -12,7 +12,7 @@ import tensorflow as tf
 from rank_checks import MODES, dyadic, gradients_of, normal
 
 from hvd_qsgd import QSGD
-from hvd_qsgd.errors import ExchangeError, SetupError, UnsupportedError
+from hvd_qsgd.errors import ConfigError, ExchangeError, SetupError, UnsupportedError
 from hvd_qsgd.tensorflow import CastCompressor, Compressor, QSGDCompressor, TopKCompressor
 from hvd_qsgd.tensorflow.versions import check_versions
 
@@ -124,3 +124,12 @@ def test_ranks_have_changed_since_tracing(mode: Callable[..., Any], monkeypatch:
     monkeypatch.setattr(HorovodCollectives, "ranks", property(lambda self: 99))
     with pytest.raises(tf.errors.OpError, match="There are 99 ranks, and this graph was traced for"):
         reduce(tf.constant(normal(SHAPE)))
+
+
+def test_a_compressor_of_a_single_trace() -> None:
+    @tf.function
+    def reduced(x: tf.Tensor) -> tf.Tensor:
+        return hvd.allreduce(x, name="x", compression=QSGDCompressor(8))
+
+    with pytest.raises(ConfigError, match=r"made while a tf\.function was traced\..* Make it outside"):
+        reduced(tf.ones((40, 50)))
