@@ -105,7 +105,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     framework = "tensorflow"
 
     def __init__(self, codec: Codec, *, kernels: str = "auto", **settings: Any) -> None:
-        if tf.inside_function():
+        if tf.inside_function() and not tf.executing_eagerly():
             raise ConfigError(
                 f"{type(self).__name__} was made while a tf.function was traced. Each trace would begin without "
                 f"residuals, and a rank that traces anew by itself would wait for others to compare settings. Make it "

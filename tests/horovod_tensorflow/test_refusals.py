@@ -54,9 +54,9 @@ def test_a_gradient_through_the_exchange(mode: Callable[..., Any]) -> None:
 
 
 def test_xla() -> None:
-    x = tf.constant(normal(SHAPE))
+    x, compressor = tf.constant(normal(SHAPE)), QSGDCompressor()
     with pytest.raises(UnsupportedError, match="jit_compile=False"):
-        tf.function(lambda x: hvd.allreduce(x, name="x", compression=QSGDCompressor()), jit_compile=True)(x)
+        tf.function(lambda x: hvd.allreduce(x, name="x", compression=compressor), jit_compile=True)(x)
     with pytest.raises(UnsupportedError, match="jit_compile=False"):
         tf.function(gradients_of([tf.Variable(x, name="w")], QSGDCompressor()), jit_compile=True)(x)
 
@@ -117,7 +117,6 @@ def test_versions(module: Any, version: str, works: str, monkeypatch: pytest.Mon
 def test_ranks_have_changed_since_tracing(mode: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 
-    reduce = mode(lambda x: hvd.allreduce(x, name="x", compression=QSGDCompressor()))
     compressor = QSGDCompressor()
     reduce = mode(lambda x: hvd.allreduce(x, name="x", compression=compressor))
     reduce(tf.constant(normal(SHAPE)))
