@@ -25,10 +25,15 @@ from hvd_qsgd.stats import Stats, TensorStats
 SPEEDS = dict.fromkeys(estimate.CODECS, (0.7e-9, 0.4e-9, 1.5e-9))
 
 
-def hvd_qsgd(*arguments: str, status: int = 0) -> str:
+def hvd_qsgd(*arguments: str, status: int = 0, **variables: str) -> str:
     command = [sys.executable, "-m", "hvd_qsgd", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env={**environment(), "COLUMNS": "200"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env={**environment(), "COLUMNS": "200", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -159,6 +164,8 @@ def test_the_command_says_yes_and_no() -> None:
     rows = json.loads(hvd_qsgd("estimate", "-p", "25e6", "-n", "8", "-b", "1", "--json"))
     assert rows[0]["method"] == "Horovod, uncompressed"
     assert next(row for row in rows if row["method"] == "QSGD, 4 bits")["exchange"] == "scatter_gather"
+    # A terminal without the lines of tables.
+    assert "Yes: " in hvd_qsgd("estimate", "-p", "25e6", "-n", "2", "-b", "0.1", PYTHONIOENCODING="ascii")
     assert "at least 1 parameter and 2 ranks" in hvd_qsgd("estimate", "-p", "1e6", "-n", "1", "-b", "1", status=1)
 
 

@@ -34,6 +34,7 @@ class CallSite:
     Attributes:
         process_set: whose ranks take part.
         tensors: what will be handed in together, this tensor among them.
+        handed: the objects that stand for them: the tensors themselves, or variables or arrays.
         names: of each; None where ``hvd.allreduce`` was called without a name.
         variables: whose gradients the tensors are, or None.
         graph: where all tensors are at hand; None where nothing is traced.
@@ -43,6 +44,7 @@ class CallSite:
 
     process_set: Any
     tensors: Sequence[tf.Tensor]
+    handed: Sequence[Any]
     names: Sequence[str | None]
     variables: Sequence[Any] | None
     graph: Any
@@ -100,10 +102,11 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
             members, variables = list(marker), list(gradients["vars"])
             graph = graph and graph.outer_graph
         names = [variable.name.partition(":")[0] for variable in variables]
-    dense = [i for i, member in enumerate(members) if isinstance(member, tf.Tensor)]
+    dense = [i for i, member in enumerate(members) if member is not None and not isinstance(member, tf.IndexedSlices)]
     return CallSite(
         process_set=caller["process_set"],
-        tensors=[members[i] for i in dense],
+        tensors=[tf.convert_to_tensor(members[i]) for i in dense],
+        handed=[members[i] for i in dense],
         names=[names[i] for i in dense],
         variables=variables and [variables[i] for i in dense],
         graph=graph,

@@ -24,6 +24,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
+from typing_extensions import Self
 
 from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.agreement import check_settings, settings_message
@@ -104,6 +105,12 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     framework = "tensorflow"
 
     def __init__(self, codec: Codec, *, kernels: str = "auto", **settings: Any) -> None:
+        if tf.inside_function() and not tf.executing_eagerly():
+            raise ConfigError(
+                f"{type(self).__name__} was made while a tf.function was traced. Each trace would begin without "
+                f"residuals, and a rank that traces anew by itself would wait for others to compare settings. Make it "
+                f"outside of the function."
+            )
         # Before the monitor is told of this compressor.
         check_choice(type(self).__name__, "kernels", kernels, ("auto", "numba", "tensorflow"))
         super().__init__(codec, **settings)
@@ -126,6 +133,12 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         self._advisor = Advisor()
         self._lock = threading.Lock()
 
+    @classmethod
+    def default(cls) -> Self:
+        """See :meth:`hvd_qsgd.compressor.CompressorBase.default`; it outlives the trace in which it is first used."""
+        with tf.init_scope():
+            return super().default()
+
     # -- Horovod's interface ----------------------------------------------------------------
 
     @class_or_instance
@@ -146,6 +159,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             # Horovod traces what only the ranks of the process set will run.
             return tensor, None
         ticket = self._ticket(site, tensor)
+        tensor = ticket.tensor
         if ticket.plan.entries[ticket.index].bypass:
             # Horovod cannot reduce bfloat16.
             return (tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor), Unchanged(tensor.dtype)
@@ -228,8 +242,8 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             with site.graph.as_default():
                 departure = plan.depart(site.tensors)
         tickets: dict[int, list[Ticket]] = {}
-        for index, tensor in enumerate(site.tensors):
-            tickets.setdefault(id(tensor), []).append(Ticket(tensor, plan, index, departure))
+        for index, (handed, tensor) in enumerate(zip(site.handed, site.tensors)):
+            tickets.setdefault(id(handed), []).append(Ticket(tensor, plan, index, departure))
         return tickets
 
     def _plan(self, site: CallSite) -> Plan:

@@ -106,6 +106,14 @@ def test_groups(arguments: dict[str, Any], factor: float, mode: Callable[..., An
     assert set(compressor.stats().bypassed) == {"group.1"}
 
 
+@pytest.mark.parametrize("kind", [np.asarray, tf.Variable])
+def test_arrays_and_variables(kind: Any) -> None:
+    x = dyadic(SHAPE)
+    compressor = IdentityCompressor()
+    assert_equal(hvd.allreduce(kind(x), name="x", compression=compressor), np.mean(gather(x), axis=0))
+    assert_equal(hvd.grouped_allreduce([kind(x)], name="x", compression=compressor)[0], np.mean(gather(x), axis=0))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_has_no_name(mode: Callable[..., Any]) -> None:
     compressor = QSGDCompressor(exchange="allgather")

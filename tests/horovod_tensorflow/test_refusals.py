@@ -12,7 +12,7 @@ import tensorflow as tf
 from rank_checks import MODES, dyadic, gradients_of, normal
 
 from hvd_qsgd import QSGD
-from hvd_qsgd.errors import ExchangeError, SetupError, UnsupportedError
+from hvd_qsgd.errors import ConfigError, ExchangeError, SetupError, UnsupportedError
 from hvd_qsgd.tensorflow import CastCompressor, Compressor, QSGDCompressor, TopKCompressor
 from hvd_qsgd.tensorflow.versions import check_versions
 
@@ -54,9 +54,9 @@ def test_a_gradient_through_the_exchange(mode: Callable[..., Any]) -> None:
 
 
 def test_xla() -> None:
-    x = tf.constant(normal(SHAPE))
+    x, compressor = tf.constant(normal(SHAPE)), QSGDCompressor()
     with pytest.raises(UnsupportedError, match="jit_compile=False"):
-        tf.function(lambda x: hvd.allreduce(x, name="x", compression=QSGDCompressor()), jit_compile=True)(x)
+        tf.function(lambda x: hvd.allreduce(x, name="x", compression=compressor), jit_compile=True)(x)
     with pytest.raises(UnsupportedError, match="jit_compile=False"):
         tf.function(gradients_of([tf.Variable(x, name="w")], QSGDCompressor()), jit_compile=True)(x)
 
@@ -117,10 +117,18 @@ def test_versions(module: Any, version: str, works: str, monkeypatch: pytest.Mon
 def test_ranks_have_changed_since_tracing(mode: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 
-    reduce = mode(lambda x: hvd.allreduce(x, name="x", compression=QSGDCompressor()))
     compressor = QSGDCompressor()
     reduce = mode(lambda x: hvd.allreduce(x, name="x", compression=compressor))
     reduce(tf.constant(normal(SHAPE)))
     monkeypatch.setattr(HorovodCollectives, "ranks", property(lambda self: 99))
     with pytest.raises(tf.errors.OpError, match="There are 99 ranks, and this graph was traced for"):
         reduce(tf.constant(normal(SHAPE)))
+
+
+def test_a_compressor_of_a_single_trace() -> None:
+    @tf.function
+    def reduced(x: tf.Tensor) -> tf.Tensor:
+        return hvd.allreduce(x, name="x", compression=QSGDCompressor(8))
+
+    with pytest.raises(ConfigError, match=r"made while a tf\.function was traced\..* Make it outside"):
+        reduced(tf.ones((40, 50)))

@@ -44,12 +44,13 @@ def test_gradients(exchange: str, fusion_elements: int, mode: Callable[..., Any]
 def test_one_rank_traces_anew() -> None:
     """As with a last batch that is smaller on one rank: the others do not optimize a graph at that time."""
     variable = tf.Variable(tf.zeros((40, 50)), name="kernel")
+    compressor = IdentityCompressor()
 
     @tf.function
     def reduced(x: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(x @ variable)
-        return hvd.DistributedGradientTape(tape, compression=IdentityCompressor()).gradient(loss, [variable])
+        return hvd.DistributedGradientTape(tape, compression=compressor).gradient(loss, [variable])
 
     for size in (1, 3, 5):
         rows = size if hvd.rank() == 0 else 1
