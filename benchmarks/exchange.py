@@ -91,7 +91,8 @@ def plot(results: dict[str, dict[str, Any]], workload: str, path: Path, sent: st
         axis.plot(limits, names, "|", color="black", markersize=16, label="bytes over bandwidth")
         axis.invert_yaxis()
         axis.set(xlabel="milliseconds", title=f"{workload}, {rate}")
-        axis.legend()
+        # Below, where it covers no bar.
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

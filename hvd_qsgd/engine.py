@@ -1,9 +1,9 @@
 """The engine: keeps exchanges going, whichever of them is waited for.
 
-The first collective of an exchange starts when its gradients are there, during the backward
-pass, or, if the host must see something of a device before that, when the gradients of the next exchange are there. The
-ones after it start while somebody waits, or by a thread. Waiting for one exchange moves
-all of them, because another rank may be waiting for any of those, so their phases overlap each other.
+The first collective of an exchange starts when its gradients are there, during the backward pass; or, if the host must
+see something of a device before that, when the gradients of the next exchange are there. The ones after it start while
+somebody waits, or by a thread. Waiting for one exchange moves all of them, because another rank may be waiting for any
+of those, so their phases overlap each other.
 
 Why the thread is not the default: Horovod names a collective without a name after the number of
 collectives that the process has started. Where exchanges go on at moments that differ between
