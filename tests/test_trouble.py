@@ -65,7 +65,8 @@ def run_into(
 LOST = {"mpi": "ORTE has lost communication with a remote daemon", "gloo": "10000ms for recv operation to complete"}
 KILLED = {
     "mpi": ["An MPI communication peer process has unexpectedly disconnected"],
-    "gloo": ["Connection closed by peer", "Connection reset by peer"],
+    # The last one by ssh, where the launcher ends the other ranks before they notice.
+    "gloo": ["Connection closed by peer", "Connection reset by peer", "closed by remote host"],
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
 
 from hvd_qsgd.errors import UnsupportedError
 
@@ -127,6 +128,14 @@ def _horovod_frames() -> Iterator[tuple[str, FrameType]]:
             if name == "allreduce_grads":
                 return
         frame = frame.f_back
+
+
+def in_loop() -> bool:
+    """Whether the body of a ``tf.while_loop`` is traced, or something in it."""
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None and not isinstance(graph, WhileBodyFuncGraph):
+        graph = getattr(graph, "outer_graph", None)
+    return graph is not None
 
 
 def check_not_compiled() -> None:

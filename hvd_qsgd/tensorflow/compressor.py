@@ -40,7 +40,7 @@ from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
-from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site
+from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site, in_loop
 from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan
 
 
@@ -167,6 +167,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         if site.grouped:
             # Horovod wants the tensors of a group to be of one type.
             dtype = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
+        if in_loop():
+            # Turns may run at the same time, and Horovod takes a name once at a time.
+            return tf.ones([], dtype), ticket
         # No constant: what follows from constants TensorFlow computes when it optimizes the graph, Horovod's allreduce
         # included, and so a rank that retraces would wait for others, which do not.
         return tf.cast(ticket.departure.token >= 0, dtype), ticket
