@@ -29,6 +29,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("target", ["interpreter", "sm_80", "sm_90"])
 def test_bytes_are_those_of_the_specification(target: str, tmp_path: Path) -> None:
     """Of the source in Triton's interpreter, and of what the compiler makes for GPUs that are not here."""
