@@ -198,7 +198,7 @@ def record(
     if target.startswith("sm"):
         read = read_nvidia(compiled, target, math.prod(grid) * 32 * warps / job.length)
         if options == EXACT:
-            read["sectors_used"] = ptx_machine.launch(kernel, grid, tensors, *numbers, **constants).used()
+            read["sectors_used"] = ptx_machine.play(kernel, compiled, grid, (*tensors, *numbers)).used()
     else:
         read = read_amd(compiled)
     reports.append(Report(kernel.fn.__name__, job.what, target, bytes_per_element=job.moved, **read))

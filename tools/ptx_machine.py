@@ -59,11 +59,11 @@ class Instruction:
 
 @dataclass
 class Program:
-    """A kernel: its instructions, where its labels stand, and the names and bytes of its parameters."""
+    """A kernel: its instructions, where its labels stand, and the names of its parameters."""
 
     instructions: list[Instruction]
     labels: dict[str, int]
-    parameters: list[tuple[str, int]]
+    parameters: list[str]
     registers: dict[str, np.dtype]
     threads: int
 
@@ -72,7 +72,7 @@ class Program:
 def parse(text: str) -> Program:
     """Read the PTX of one kernel."""
     text = re.sub(r"//.*", "", text)
-    parameters = [(name, int(bits) // 8) for bits, name in re.findall(r"\.param \.\w(\d+)[^,)]*?(\w+)[,\n]", text)]
+    parameters = re.findall(r"\.param \.[^,)]*?(\w+)[,\n]", text)
     registers = {prefix: REGISTERS[kind] for kind, prefix in re.findall(r"\.reg \.(\w+)\s+(%[a-z]+)<", text)}
     threads = int(re.search(r"\.reqntid (\d+)", text)[1])  # type: ignore[index]
     body = text[text.index("{") + 1 : text.index("\n}")]
@@ -148,8 +148,6 @@ class Memory:
 
     def read(self, at: np.ndarray, who: Who, text: str) -> np.ndarray:
         """Bytes ``at``, one row for each thread."""
-        if not self.allowed[at].all():
-            raise FaultError(f"outside of what the kernel was given: {text}")
         if self.writes.disturb(at, who).any():
             raise FaultError(f"race with a write: {text}")
         self.reads.note(at, who.as_warps())
@@ -157,8 +155,6 @@ class Memory:
 
     def write(self, at: np.ndarray, values: np.ndarray, who: Who, text: str, atomic: bool = False) -> None:
         """Put bytes, a row for each thread; what was there already, anyone may write again."""
-        if not self.allowed[at].all():
-            raise FaultError(f"outside of what the kernel was given: {text}")
         before = self.data[at]
         self.data[at] = values
         if (self.data[at] != values).any():
@@ -213,8 +209,13 @@ def launch(
 ) -> Traffic:
     """For :func:`hvd_qsgd.kernels.triton.launch.launch`: compile for the GPU that Triton believes in, and play it."""
     compiled = kernel.warmup(*tensors, *numbers, grid=grid, num_warps=warps_for(constants), **EXACT, **constants)
+    return play(kernel, compiled, grid, (*tensors, *numbers))
+
+
+def play(kernel: Any, compiled: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> Traffic:
+    """Run what Triton compiled, with the arguments of the kernel that are no constants."""
     # What Triton takes for constant, such as a number that is 1, is not handed over.
-    given = zip(kernel.arg_names, (*tensors, *numbers))
+    given = zip(kernel.arg_names, values)
     arguments = [value for name, value in given if compiled.src.signature[name] != "constexpr"]
     return run(compiled.asm["ptx"], grid, arguments, compiled.metadata.shared)
 
@@ -280,7 +281,7 @@ class Machine:
         self.program, self.memories, self.traffic = program, memories, traffic
         size = program.threads
         number = len(programs) * size
-        self.values = dict(zip((name for name, _ in program.parameters), values))
+        self.values = dict(zip(program.parameters, values))
         tid = np.tile(np.arange(size), len(programs))
         place = np.repeat(programs, size)
         self.special = {
@@ -402,7 +403,10 @@ class Machine:
             if not np.logical_or.reduce([inside for _, inside in held], initial=False).all():
                 raise FaultError(f"outside of what the kernel was given: {text}")
             found = [(memory, inside, addresses[inside] - memory.start) for memory, inside in held if inside.any()]
-        return [(memory, inside, starts[:, None] + np.arange(width)) for memory, inside, starts in found]
+        places = [(memory, inside, starts[:, None] + np.arange(width)) for memory, inside, starts in found]
+        if not all(memory.allowed[at].all() for memory, _, at in places):
+            raise FaultError(f"outside of what the kernel was given: {text}")
+        return places
 
     def who(self, inside: np.ndarray) -> Who:
         threads = self.active[inside]

@@ -69,15 +69,7 @@ def decode_buckets(  # type: ignore[no-untyped-def]
             values = add(values, more)
     target = out + rows.to(tl.int64)[:, None] * BUCKET + columns
     for part in tl.static_range(8):
-        value = values[part]
-        place = target + part * PART
-        if MODE == "add":
-            value = load_values(place, inside) + value
-        elif MODE == "subtract":
-            value = load_values(place, inside) - value
-        elif MODE == "average":
-            value = divided(value, count, HALVES)
-        store_values(place, value, inside)
+        merge(target + part * PART, values[part], inside, count, MODE, HALVES)
 
 
 @triton.jit
@@ -135,9 +127,16 @@ def with_plane(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def divided(values, count, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Over a power of two the product with the inverse is the same, and takes a tenth of the time."""
-    return values * count if HALVES else tl.div_rn(values, count)
+def merge(target, values, inside, count, MODE: tl.constexpr, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store decoded values, or what ``MODE`` makes of them; see :func:`decode`."""
+    if MODE == "add":
+        values = load_values(target, inside) + values
+    elif MODE == "subtract":
+        values = load_values(target, inside) - values
+    elif MODE == "average":
+        # Over a power of two the product with the inverse is the same, and takes a tenth of the time.
+        values = values * count if HALVES else tl.div_rn(values, count)
+    store_values(target, values, inside)
 
 
 @triton.jit
@@ -180,15 +179,9 @@ def decode(  # type: ignore[no-untyped-def]
     within = rows < buckets
     inside = within[:, None] & (index < length)
     values = payload_values(scales_in, codes_in, rows, index, within, inside, length, unit, BITS, ALIGNED)
-    target = out + rows.to(tl.int64)[:, None] * length + index
-    if MODE == "add":
-        values = load_values(target, inside) + values
-    elif MODE == "subtract":
-        values = load_values(target, inside) - values
-    elif MODE == "average":
+    if MODE == "average":
         for _ in range(1, ranks):
             scales_in += step
             codes_in += step
             values += payload_values(scales_in, codes_in, rows, index, within, inside, length, unit, BITS, ALIGNED)
-        values = divided(values, count, HALVES)
-    store_values(target, values, inside)
+    merge(out + rows.to(tl.int64)[:, None] * length + index, values, inside, count, MODE, HALVES)
