@@ -23,6 +23,7 @@ from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.kernels.torch.untraced import untraced
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
@@ -131,6 +132,7 @@ class Compressor(CompressorBase):
     # -- Horovod's interface ----------------------------------------------------------------
 
     @class_or_instance
+    @untraced
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start the exchange of a gradient; Horovod calls this.
 
@@ -229,6 +231,7 @@ class Compressor(CompressorBase):
         return context
 
     @class_or_instance
+    @untraced
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """Wait for the exchange and return the reduced gradient; Horovod calls this.
 

@@ -16,6 +16,7 @@ from hvd_qsgd.codecs import ThresholdTopK
 from hvd_qsgd.compressor import class_or_instance
 from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.feedback import MomentumCorrection
+from hvd_qsgd.kernels.torch.untraced import untraced
 from hvd_qsgd.policies import WarmUp
 from hvd_qsgd.torch.callsite import CallSite
 from hvd_qsgd.torch.compressor import Compressor
@@ -73,6 +74,7 @@ class DGCCompressor(Compressor):
         self.correction: MomentumCorrection = self.feedback  # type: ignore[assignment]
 
     @class_or_instance
+    @untraced
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """See :meth:`Compressor.decompress`."""
         if not isinstance(context, Dense):
