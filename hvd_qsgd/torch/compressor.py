@@ -17,7 +17,7 @@ import torch
 
 from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.codecs import Codec
-from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
+from hvd_qsgd.collectives.horovod_torch import HorovodCollectives, wrap
 from hvd_qsgd.compressor import CompressorBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
@@ -133,6 +133,7 @@ class Compressor(CompressorBase):
 
     @class_or_instance
     @untraced
+    @torch.inference_mode(False)  # What is kept here is changed in later steps, and Horovod resizes it in its thread.
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start the exchange of a gradient; Horovod calls this.
 
@@ -232,6 +233,7 @@ class Compressor(CompressorBase):
 
     @class_or_instance
     @untraced
+    @torch.inference_mode(False)  # What is kept here is changed in later steps, and Horovod resizes it in its thread.
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """Wait for the exchange and return the reduced gradient; Horovod calls this.
 
@@ -303,7 +305,7 @@ class Compressor(CompressorBase):
         """
 
         def average(name: str, array: Any) -> Any:
-            tensor = torch.as_tensor(array)
+            tensor = wrap(array)
             hand_back(tensor)
             mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
             return mean.numpy() if tensor.device.type == "cpu" else mean
@@ -327,7 +329,7 @@ class Compressor(CompressorBase):
 
     @staticmethod
     def _saved(array: Any) -> Any:
-        kept = torch.as_tensor(array)
+        kept = wrap(array)
         hand_back(kept)
         return kept.clone()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hvd_qsgd.codecs import ThresholdTopK
+from hvd_qsgd.collectives.horovod_torch import wrap
 from hvd_qsgd.compressor import class_or_instance
 from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.feedback import MomentumCorrection
@@ -75,6 +76,7 @@ class DGCCompressor(Compressor):
 
     @class_or_instance
     @untraced
+    @torch.inference_mode(False)
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """See :meth:`Compressor.decompress`."""
         if not isinstance(context, Dense):
@@ -83,7 +85,7 @@ class DGCCompressor(Compressor):
         gradient = self._decayed(context.site, mean)
         momentum, store = self.correction.momentum, self.correction.velocity
         flat = gradient.reshape(-1).to(torch.float32)
-        before = torch.as_tensor(store.get(context.key)) if context.key in store else torch.zeros_like(flat)
+        before = wrap(store.get(context.key)) if context.key in store else torch.zeros_like(flat)
         velocity = before * momentum + flat
         # A step that is not finite will be skipped. A look at that would make the host wait for a device.
         finite = flat.isfinite().all()
