@@ -131,7 +131,7 @@ class HorovodCollectives(OfProcessSet):
         if isinstance(request, AllGather):
             return HorovodHandle(request, hvd.allgather_async(tensor, name=name, process_set=self.process_set))
         if isinstance(request, AllToAll):
-            splits = torch.tensor(request.splits, dtype=torch.int32)
+            splits = torch.tensor(request.splits, dtype=torch.int32, device="cpu")
             return HorovodHandle(request, hvd.alltoall_async(tensor, splits, name=name, process_set=self.process_set))
         assert isinstance(request, AllReduce)
         operation = hvd.Max if request.op == "max" else hvd.Sum

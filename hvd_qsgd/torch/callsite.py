@@ -71,7 +71,8 @@ def find_call_site(tensor: torch.Tensor) -> CallSite:
     raise UnsupportedError(
         "compress() was not called by a function of Horovod that this package knows, so the name and the process set "
         "of the tensor are unknown. Pass the compressor as compression= to hvd.DistributedOptimizer, hvd.allreduce or "
-        "hvd.grouped_allreduce of Horovod 0.28; to encode without Horovod use hvd_qsgd.QSGD or hvd_qsgd.TopK."
+        "hvd.grouped_allreduce of Horovod 0.28; to encode without Horovod use hvd_qsgd.QSGD or hvd_qsgd.TopK. If "
+        "torch.compile compiles what calls Horovod, let Horovod be called outside of it."
     )
 
 

@@ -17,12 +17,13 @@ import torch
 
 from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.codecs import Codec
-from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
+from hvd_qsgd.collectives.horovod_torch import HorovodCollectives, wrap
 from hvd_qsgd.compressor import CompressorBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.kernels.torch.untraced import untraced
 from hvd_qsgd.memory import NAMED, group_text, plain_name
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
@@ -137,6 +138,8 @@ class Compressor(CompressorBase):
     # -- Horovod's interface ----------------------------------------------------------------
 
     @class_or_instance
+    @untraced
+    @torch.inference_mode(False)  # What is kept here is changed in later steps, and Horovod resizes it in its thread.
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start the exchange of a gradient; Horovod calls this.
 
@@ -237,6 +240,8 @@ class Compressor(CompressorBase):
         return context
 
     @class_or_instance
+    @untraced
+    @torch.inference_mode(False)  # What is kept here is changed in later steps, and Horovod resizes it in its thread.
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """Wait for the exchange and return the reduced gradient; Horovod calls this.
 
@@ -310,7 +315,7 @@ class Compressor(CompressorBase):
         """
 
         def average(name: str, array: Any) -> Any:
-            tensor = torch.as_tensor(array)
+            tensor = wrap(array)
             hand_back(tensor)
             mean = hvd.allreduce(tensor, name=f"hvd_qsgd.check.{name}", op=hvd.Average)
             return mean.numpy() if tensor.device.type == "cpu" else mean
@@ -334,7 +339,7 @@ class Compressor(CompressorBase):
 
     @staticmethod
     def _saved(array: Any) -> Any:
-        kept = torch.as_tensor(array)
+        kept = wrap(array)
         hand_back(kept)
         return kept.clone()
 

@@ -49,4 +49,4 @@ def carrier_for(site: CallSite, tensor: torch.Tensor) -> torch.Tensor:
         dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
         return torch.ones(1, dtype=dtype, device=tensor.device)
     # On the CPU, so that reading it does not wait for a device; float64 makes 1/n * n exact in float32.
-    return torch.ones(1, dtype=torch.float64)
+    return torch.ones(1, dtype=torch.float64, device="cpu")
