@@ -356,6 +356,28 @@ def test_a_boundary_works_anywhere_in_a_model() -> None:
     assert not torch.equal(model(x), reference(x))
 
 
+@pytest.mark.parametrize("compiled", ["model", "step", "step and backward pass"])
+def test_a_boundary_in_what_is_compiled_computes_the_same(compiled: str) -> None:
+    def trained(compiled: str) -> torch.Tensor:
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        boundary = Boundary(Direction(QSGD(4)), Direction(QSGD(8)))
+        model = nn.Sequential(nn.Linear(5, 64), boundary, nn.ReLU(), nn.Linear(64, 1))
+
+        def step(x: torch.Tensor) -> None:
+            run(x).square().sum().backward()
+
+        run: Any = torch.compile(model, backend="aot_eager") if compiled == "model" else model
+        if compiled.startswith("step"):
+            step = torch.compile(step, backend="aot_eager")
+        with torch._dynamo.config.patch(compiled_autograd=compiled == "step and backward pass"):
+            for seed in range(3):
+                step(gauss(30, 5, seed=seed))
+        return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+
+    assert torch.equal(trained(compiled), trained(""))
+
+
 def test_random_words_differ_between_boundaries_messages_replicas_and_seeds() -> None:
     x = gauss(1, 1000)
     made = set()
