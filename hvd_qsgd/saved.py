@@ -12,8 +12,8 @@ LEVELS = 20
 
 
 def array(value: Any, place: str) -> Any:
-    if str(getattr(value, "dtype", "")).removeprefix("torch.") != "float32" or len(value.shape) != 1:
-        raise WrongFieldError(f"{place} is no array of float32 values")
+    if not str(getattr(value, "dtype", "")).removeprefix("torch.").startswith(("float", "bfloat")):
+        raise WrongFieldError(f"{place} is no array of floating-point values")
     return value
 
 

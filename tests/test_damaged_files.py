@@ -222,7 +222,7 @@ def saved_state() -> dict[str, Any]:
         "arrays": {"residual/0/w": torch.arange(6.0), "residual/0/v": torch.ones(2)},
         "numbers": {"steps/0/w": 3},
         "steps": {"0/w": 41, "0/v": 41},
-        "memory": {"0/w": {"threshold": 0.5, "left": 3}},
+        "memory": {"0/w": {"threshold": 0.5, "left": 3, "q": torch.ones(2, 3)}},
         "policy": {"step": 4, "last": {"0/w": torch.ones(3)}},
     }
 
