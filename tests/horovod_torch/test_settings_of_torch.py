@@ -10,7 +10,6 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from expectations import assert_equal
 from rank_checks import assert_same_on_all_ranks, digest, make_gradients, make_optimizer, make_parameters, normal
 
 from hvd_qsgd.errors import UnsupportedError
@@ -78,7 +77,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def run(make: Callable[[], Any], setting: Callable[[], AbstractContextManager[Any]]) -> torch.Tensor:
-    """Three steps with gradients that hooks hand in, that are set, and that are missing; saved, loaded, and one alone."""
+    """Three steps with gradients of hooks, set ones and missing ones; state, there and back; two tensors alone."""
     parameters = make_parameters(SHAPES)
     parameters["half"] = torch.nn.Parameter(parameters["half"].detach().to(torch.bfloat16))
     raws = [make_gradients(parameters, seed) for seed in range(3)]
