@@ -152,7 +152,7 @@ def _state(state: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def _records(path: Path) -> Inspection:
-    from hvd_qsgd.observe.json_lines import read_records
+    from hvd_qsgd.observe.reading import read_records
     from hvd_qsgd.observe.report import total_of
 
     records = read_records(path)

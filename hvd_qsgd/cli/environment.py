@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from hvd_qsgd.cli.output import AS_JSON, print_json, waiting
+from hvd_qsgd.cli.output import AS_JSON, as_text, print_json, print_table, waiting
 
 
 def register(app: typer.Typer) -> None:
@@ -29,12 +27,11 @@ def doctor(as_json: bool = AS_JSON) -> None:
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:
-        table = Table("what", "state", "found", "what to do")
         colors = {doctor.GOOD: "green", doctor.WARNING: "yellow", doctor.BAD: "red"}
-        for finding in findings:
-            state = f"[{colors[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.what, state, finding.found, finding.remedy)
-        Console().print(table)
+        print_table(
+            ("what", "state", "found", "what to do"),
+            [(f.what, as_text(f.state, colors[f.state]), f.found, f.remedy) for f in findings],
+        )
     if any(finding.state == doctor.BAD for finding in findings):
         raise typer.Exit(1)
 

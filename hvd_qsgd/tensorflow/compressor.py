@@ -16,7 +16,6 @@ import json
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +36,7 @@ from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.memory import NAMED, group_text
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
@@ -67,23 +67,6 @@ class Call:
 
     site: CallSite
     tickets: dict[int, list[Ticket]]
-
-
-class VariableNames:
-    """Keys of variables: their names, numbered where several variables have the same one.
-
-    A number is never given to another variable, so ranks agree whenever their memory is collected.
-    """
-
-    def __init__(self) -> None:
-        self._variables: dict[str, list[weakref.ref[Any]]] = {}
-
-    def key(self, name: str, variable: Any) -> str:
-        known = self._variables.setdefault(name, [])
-        number = next((i for i, other in enumerate(known) if other() is variable), len(known))
-        if number == len(known):
-            known.append(weakref.ref(variable))
-        return f"{name}.{number}" if number else name
 
 
 class Compressor(CompressorBase, tf.train.experimental.PythonState):
@@ -126,7 +109,6 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     def _begin(self, monitor: Monitor | None = None) -> None:
         super()._begin(monitor)
-        self._names = VariableNames()
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._gradient_plans = 0
         self._call: Call | None = None
@@ -220,10 +202,6 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         with self._lock:
             return any([self.monitor.starts(key) for key in keys])
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._names = VariableNames()
-
     def _ticket(self, site: CallSite, tensor: tf.Tensor) -> Ticket:
         call = self._call
         if call is None or call.site.marker is not site.marker or call.site.graph is not site.graph:
@@ -250,8 +228,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         return tickets
 
     def _plan(self, site: CallSite) -> Plan:
-        entries = [self._entry(site, i) for i in range(len(site.tensors))]
         process_set = site.process_set
+        keys = self._keys(site)
+        entries = [self._entry(site, i, key) for i, key in enumerate(keys)]
         device = self._device(site, entries)
         key = (process_set.process_set_id, process_set.size(), device, tuple(entries))
         if key not in self._plans:
@@ -280,7 +259,19 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
                 return None
         return device
 
-    def _entry(self, site: CallSite, index: int) -> Entry:
+    def _keys(self, site: CallSite) -> list[str]:
+        """The keys of the memory of a call's tensors."""
+        names = []
+        for index, (name, tensor) in enumerate(zip(site.names, site.tensors)):
+            if name is None:
+                dims = "x".join(map(str, tensor.shape)) if tensor.shape.rank is not None else "unknown"
+                name = f"unnamed.{dims}.{tensor.dtype.name}" + (f".{index}" if site.grouped else "")
+            names.append(name)
+        owners = site.variables or [NAMED] * len(names)
+        group = group_text(None if site.process_set.process_set_id == 0 else site.process_set.ranks)
+        return self._claim(list(zip(names, owners)), group)
+
+    def _entry(self, site: CallSite, index: int, key: str) -> Entry:
         tensor, name = site.tensors[index], site.names[index]
         shape = tensor.shape if site.variables is None else site.variables[index].shape
         known = shape.is_fully_defined()
@@ -291,16 +282,11 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             reason = self._reason_to_bypass(
                 described, tensor.dtype.name, tensor.dtype.is_floating, site.process_set.size()
             )
-        if name is None:
-            if not reason and self._feeds(Tensor("", dims)):
-                raise UnsupportedError(
-                    "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
-                    "Pass name=, or a compressor with error_feedback=False."
-                )
-            number = f".{index}" if site.grouped else ""
-            key = f"unnamed.{'x'.join(map(str, dims)) if known else 'unknown'}.{tensor.dtype.name}{number}"
-        else:
-            key = name if site.variables is None else self._names.key(name, site.variables[index])
+        if name is None and not reason and self._feeds(Tensor("", dims)):
+            raise UnsupportedError(
+                "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
+                "Pass name=, or a compressor with error_feedback=False."
+            )
         return Entry(key, dims, tensor.dtype.size, reason)
 
     def _make_plan(self, site: CallSite, entries: Sequence[Entry], backend: Backend) -> Plan:

@@ -276,7 +276,7 @@ class Plan:
                 first=part.start,
                 keep_error=passage.corrected is not None or passage.measured,
                 shape=self.entries[index].shape,
-                memory=self._compressor._memory.setdefault(part.name, {}),
+                memory=self._compressor.memory.of_codec(part.name),
             )
             pieces.append((passage, piece))
         job = Job(
@@ -296,7 +296,7 @@ class Plan:
 
     def _prepare(self, index: int, passage: Passage, x: Any) -> None:
         entry = self.entries[index]
-        passage.step = self._compressor._next_step(entry.key)
+        passage.step = self._compressor.memory.begin(entry.key)
         passage.source = x
         if self._compressor._feeds(entry.described):
             passage.source = passage.corrected = self._compressor.feedback.correct(entry.key, x, self._ranks)

@@ -104,6 +104,17 @@ def _comes_again(frame: FrameType) -> bool:
     return frame.f_locals["self"]._synchronized and not caller.f_locals["completed"]
 
 
+def steps_now() -> bool:
+    """Whether ``decompress`` is called for an optimizer that steps next, and not by ``synchronize()`` of a program."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(DEPTH):
+        if frame is None or frame.f_code is _DistributedOptimizer.synchronize.__code__:
+            break
+        frame = frame.f_back
+    caller = frame and frame.f_back
+    return caller is not None and caller.f_code is _DistributedOptimizer.step.__code__
+
+
 def _from_optimizer_group(frame: FrameType, tensor: torch.Tensor) -> CallSite:
     optimizer = frame.f_locals["self"]
     _check_operation(optimizer.op)

@@ -24,11 +24,13 @@ from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.kernels.torch.untraced import untraced
+from hvd_qsgd.memory import NAMED, group_text, plain_name
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
-from hvd_qsgd.torch.callsite import CallSite, find_call_site
+from hvd_qsgd.torch.callsite import CallSite, find_call_site, steps_now
+from hvd_qsgd.torch.discards import Discards, not_applied
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
 from hvd_qsgd.torch.rehearsal import Rehearsal
 from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
@@ -77,12 +79,16 @@ class OptimizerState:
     """What a compressor knows of one distributed optimizer."""
 
     index: int
+    #: Of its parameters, by name: the keys of their memory.
+    keys: dict[str, str]
     #: None until they are made, and when they must be made anew.
     bundles: dict[str, list[tuple[Slice, Bundle]]] | None = None
     #: Of each compressed tensor.
     codecs: dict[str, Codec] = field(default_factory=dict)
     #: Compares the settings of all ranks; None once they were found equal.
     agreement: Agreement | None = None
+    #: What a program does with gradients that it synchronizes itself.
+    discards: Discards = field(default_factory=Discards)
     #: Of exchange="auto".
     rehearsal: Rehearsal = field(default_factory=Rehearsal)
     decision: Decision | None = None
@@ -146,11 +152,13 @@ class Compressor(CompressorBase):
         """
         site = find_call_site(tensor)
         state = self._state_of(site)
-        described = tensor_of(site.name, tensor, state)
+        described = self._described(site, tensor, state)
         key = described.key
         if site.again:
             # All ranks hold the same bits. Compressing them once more would lose accuracy and spoil the residuals.
             return carrier_for(site, tensor), Unchanged(tensor)
+        if not_applied(site.optimizer):
+            self.feedback.settle(key, applied=False)
         measures = self.monitor is not None and self.monitor.starts(key)
         reason = self._bypass_reason(described, tensor.dtype, site.ranks)
         if reason:
@@ -188,7 +196,7 @@ class Compressor(CompressorBase):
     ) -> Context:
         """Hand a gradient to the exchanges of its bundles."""
         key = described.key
-        step = self._next_step(key)
+        step = self.memory.begin(key)
         context = Context(site, described, tensor)
         if self._feeds(described):
             context.corrected = self.feedback.correct(key, self._gradient(site, tensor), site.ranks)
@@ -203,7 +211,7 @@ class Compressor(CompressorBase):
         context.out, context.in_place = room_for_mean(site, tensor, source)
         owner = 0 if bundles[0][1].codec.shared_randomness else bundles[0][1].collectives.rank
         stream = stream_of(self.seed, owner, key)
-        memory = self._memory.setdefault(key, {})
+        memory = self.memory.of_codec(key)
         # The caller waits for the carrier at once, and Horovod reduces it after all that was started before: wait
         # here, and decode what has come while the rest is on its way. Besides, Horovod names the carrier of a call
         # without a name after the number of collectives that this process has started so far, which is the same on
@@ -274,6 +282,8 @@ class Compressor(CompressorBase):
         looked = [flight.finite(part) for part, flight in context.flights]
         finite = None if None in looked else all(looked)
         self._settle(key, context.described, context.corrected, context.out, job.kernels, finite)
+        if context.corrected is not None:
+            self._applied(context.site, key)
         return context.out if isinstance(context.out, torch.Tensor) else torch.from_numpy(context.out)
 
     @class_or_instance
@@ -339,14 +349,43 @@ class Compressor(CompressorBase):
         with on_own_stream(value.device):
             return array_of(value.clone())
 
+    def _unapplied(self) -> list[str]:
+        return [
+            key
+            for optimizer, state in self._optimizers.items()
+            if not_applied(optimizer)
+            for key in state.keys.values()
+        ]
+
     # -- parts of compress ------------------------------------------------------------------
+
+    def _described(self, site: CallSite, tensor: torch.Tensor, state: OptimizerState | None = None) -> Tensor:
+        if state is not None:
+            return tensor_of(site.name, tensor, state.keys[site.name])
+        (key,) = self._claim([(site.name, NAMED)], group_of(site.process_set))
+        return tensor_of(site.name, tensor, key)
+
+    def _claim_parameters(self, optimizer: Any) -> dict[str, str]:
+        names = {name: parameter for parameter, name in optimizer._parameter_names.items()}
+        keys = self._claim(list(names.items()), group_of(optimizer.process_set))
+        return dict(zip(names, keys))
+
+    def _applied(self, site: CallSite, key: str) -> None:
+        """A mean gradient goes back: if the optimizer steps now, its residual holds and the one before it is freed."""
+        if site.optimizer is None:
+            return
+        if steps_now():
+            self.feedback.settle(key, applied=True)
+        else:
+            self._optimizers[site.optimizer].discards.watch(site, key, self.feedback)
 
     def _state_of(self, site: CallSite) -> OptimizerState | None:
         if site.optimizer is None:
             return None
         state = self._optimizers.get(site.optimizer)
         if state is None:
-            state = self._optimizers[site.optimizer] = OptimizerState(self._optimizers_seen)
+            keys = self._claim_parameters(site.optimizer)
+            state = self._optimizers[site.optimizer] = OptimizerState(self._optimizers_seen, keys)
             self._optimizers_seen += 1
         if state.bundles is None:
             plan = self._make_bundles(state, site)
@@ -360,7 +399,7 @@ class Compressor(CompressorBase):
         for name, codec in codecs.items():
             if state.codecs.get(name, codec) != codec:
                 # What one codec learned of a tensor means nothing to another.
-                self._memory.pop(Tensor(name, (), state.index).key, None)
+                self.memory.of_codecs.pop(state.keys[name], None)
         state.codecs = codecs
         return plan
 
@@ -382,7 +421,7 @@ class Compressor(CompressorBase):
 
     def _plan(self, optimizer: Any, process_set: Any, exchange: str) -> dict[str, list[tuple[Slice, Bundle]]]:
         """Bundles of all gradients that this optimizer will hand in, last layers first."""
-        self.policy.check_names(optimizer._parameter_names.values())
+        self.policy.check_names([plain_name(name) for name in optimizer._parameter_names.values()])
         by_kind: dict[tuple[torch.device, Codec], list[tuple[str, int]]] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state, ranks = self._optimizers[optimizer], process_set.size()
@@ -396,7 +435,7 @@ class Compressor(CompressorBase):
                 )
             if parameter not in optimizer._requires_update:
                 continue
-            described = tensor_of(name, parameter, state)
+            described = tensor_of(name, parameter, state.keys[name])
             if not self._bypass_reason(described, parameter.dtype, ranks):
                 kind = (parameter.device, self._codec(described))
                 by_kind.setdefault(kind, []).append((name, parameter.numel()))
@@ -407,7 +446,7 @@ class Compressor(CompressorBase):
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        codec, key = self._codec(tensor_of(site.name, tensor)), self._single_key(site, tensor)
+        codec, key = self._codec(self._described(site, tensor)), self._single_key(site, tensor)
         if key not in self._single:
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
             exchange = self._decisions[key].exchange if key in self._decisions else self.exchange
@@ -460,7 +499,7 @@ class Compressor(CompressorBase):
         key = self._single_key(site, tensor)
         if key not in self._decisions:
             # Everybody is in the same call here, and can measure at once.
-            codec = self._codec(tensor_of(site.name, tensor))
+            codec = self._codec(self._described(site, tensor))
             decision = self._advise(codec, site.process_set, tensor.device, tensor.numel())
             self._decisions[key] = decision
             self._stats.decisions[site.name] = str(decision)
@@ -506,9 +545,14 @@ class Compressor(CompressorBase):
         return array_of(tensor)
 
 
-def tensor_of(name: str, tensor: torch.Tensor, state: OptimizerState | None = None) -> Tensor:
+def tensor_of(name: str, tensor: torch.Tensor, key: str) -> Tensor:
     """What a policy knows of a tensor."""
-    return Tensor(name, tuple(tensor.shape), -1 if state is None else state.index)
+    return Tensor(plain_name(name), tuple(tensor.shape), key)
+
+
+def group_of(process_set: Any) -> str:
+    """The ranks of a process set as :meth:`TensorMemory.claim` takes them."""
+    return group_text(None if process_set.process_set_id == 0 else process_set.ranks)
 
 
 def planned(plan: dict[str, list[tuple[Slice, Bundle]]], name: str, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:

@@ -90,6 +90,7 @@ class DGCCompressor(Compressor):
         # A step that is not finite will be skipped. A look at that would make the host wait for a device.
         finite = flat.isfinite().all()
         store.put(context.key, array_of(torch.where(finite, velocity, before)))
+        self._applied(context.site, context.key)
         step = torch.where(finite, flat + momentum * velocity if self.correction.nesterov else velocity, flat)
         return step.view(mean.shape).to(mean.dtype)
 

@@ -64,7 +64,7 @@ def test_what_is_applied(settings: dict[str, Any], factor: float, mode: Any) -> 
     for step in range(2):
         raw = [dyadic(v.shape, 10 * step + i) for i, v in enumerate(variables)]
         apply(*map(tf.constant, raw))
-        for i, name in enumerate(["w", "b", "w.1"]):
+        for i, name in enumerate(["w", "b", "w (2)"]):
             inputs = gather(raw[i])
             mean = np.mean(inputs, axis=0) if name == "b" else reference_allgather(QSGD(), inputs, name, step)
             expected[i] = expected[i] - np.float32(LR) * (mean * np.float32(factor))

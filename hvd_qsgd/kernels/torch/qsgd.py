@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.bits import planes_size
+from hvd_qsgd.codecs.looks import Looks
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NORM_LANES, QSGD, TINY
 from hvd_qsgd.kernels.torch.bits import pack_planes, unpack_planes
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
@@ -93,12 +94,19 @@ class QSGDKernels(Kernels):
             apply(rows, dequantize(levels, scales, codec.levels), mode)
             at += packed.numel()
 
-    def average_into(self, message: torch.Tensor, spans: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
-        # A sum in half precision would be rounded at each step.
-        mean = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        super().average_into(message, spans, mean)
-        if mean is not out:
-            out.copy_(mean)
+    def prepare_average(
+        self, message: torch.Tensor, spans: Sequence[tuple[int, int]], length: int
+    ) -> Looks[Callable[[torch.Tensor], None]]:
+        average = yield from super().prepare_average(message, spans, length)
+
+        def rounded_once(out: torch.Tensor) -> None:
+            # A sum in half precision would be rounded at each step.
+            mean = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+            average(mean)
+            if mean is not out:
+                out.copy_(mean)
+
+        return rounded_once
 
     def agree_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(self.scales(x).view(torch.int32))
