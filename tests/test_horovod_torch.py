@@ -20,6 +20,7 @@ FAMILY = [
     "test_mixed_precision.py",
     "test_monitor.py",
     "test_policies.py",
+    "test_settings_of_torch.py",
     "test_state.py",
 ]
 FILES = sorted(path.name for path in INNER.glob("test_*.py") if path.name not in (*ALONE, *FAMILY))

@@ -209,6 +209,25 @@ def test_dtype_and_shape_come_back(dtype: torch.dtype, codec: Any) -> None:
 # -- two ends that differ ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_a_default_device_or_dtype_changes_nothing(feedback: str) -> None:
+    """The device "meta" stands for any that is not the CPU."""
+    inputs = [gauss(6, 50, seed=seed) for seed in range(3)]
+
+    def received() -> list[torch.Tensor]:
+        pair = ends(Direction(TopK(0.1), feedback))
+        samples = {"samples": np.arange(6)} if feedback == "aq-sgd" else {}
+        return [through(pair, x, **samples) for x in inputs]
+
+    expected = received()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.inference_mode():
+            assert all(map(torch.equal, received(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_memory_that_differs_is_found_out() -> None:
     pair = ends(Direction(QSGD(8), "ef21"))
     through(pair, gauss(2, 10))

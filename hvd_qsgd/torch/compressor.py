@@ -35,7 +35,7 @@ from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_
 from hvd_qsgd.torch.preflight import preflight
 from hvd_qsgd.torch.rehearsal import Rehearsal
 from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
-from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, room_for_mean, scaled
+from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, put_back, reducible, room_for_mean, scaled
 
 #: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
 #: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
@@ -62,11 +62,18 @@ class Context:
 
 
 @dataclass
-class Unchanged:
-    """A tensor that needs no exchange; ``dtype`` is what to cast the result to."""
+class Again:
+    """A result of ``synchronize()`` that comes once more."""
 
-    tensor: torch.Tensor | None
-    dtype: torch.dtype | None = None
+    tensor: torch.Tensor
+
+
+@dataclass
+class Copied:
+    """A tensor that is left to Horovod as a copy."""
+
+    site: CallSite
+    tensor: torch.Tensor
 
 
 @dataclass
@@ -86,7 +93,7 @@ class Undecided:
     """A tensor of the steps before ``exchange="auto"`` decides; ``context`` is what it has otherwise."""
 
     site: CallSite
-    context: Unchanged | None
+    context: Copied | None
 
 
 @dataclass
@@ -176,11 +183,12 @@ class Compressor(CompressorBase):
         key = described.key
         if site.again:
             # All ranks hold the same bits. Compressing them once more would lose accuracy and spoil the residuals.
-            return carrier_for(site, tensor), Unchanged(tensor)
+            return carrier_for(site, tensor), Again(tensor)
         if not_applied(site.optimizer):
             self.feedback.settle(key, applied=False)
         measures = self.monitor is not None and self.monitor.starts(key)
-        reason = self._bypass_reason(described, tensor.dtype, site.ranks)
+        sparse = "" if tensor.layout == torch.strided else "it is sparse"
+        reason = sparse or self._bypass_reason(described, tensor.dtype, site.ranks)
         if reason:
             return self._bypass(key, tensor, site, reason)
         if self.exchange == AUTO:
@@ -188,8 +196,8 @@ class Compressor(CompressorBase):
             if decision is None:
                 assert state is not None
                 state.rehearsal.takes_off(site.name)
-                carried, unchanged = self._bypass(key, tensor, site, 'exchange="auto" measures in the first steps')
-                return carried, Undecided(site, unchanged)
+                sent, copied = self._bypass(key, tensor, site, 'exchange="auto" measures in the first steps')
+                return sent, Undecided(site, copied)
             if decision.exchange == UNCOMPRESSED:
                 return self._bypass(key, tensor, site, f'exchange="auto": {decision}')
         if self._feeds(described) and not site.named:
@@ -283,9 +291,10 @@ class Compressor(CompressorBase):
         if isinstance(context, Undecided):
             self._landed(context)
             return self.decompress(tensor, context.context)
-        if isinstance(context, Unchanged):
-            result = tensor if context.tensor is None else scaled(context.tensor, tensor)
-            return result if context.dtype is None else result.to(context.dtype)
+        if isinstance(context, Again):
+            return scaled(context.tensor, tensor)
+        if isinstance(context, Copied):
+            return put_back(context.site, context.tensor, tensor)
         if context.site.optimizer is not None:
             self._settled(self._optimizers[context.site.optimizer])
         # Horovod wrote the carrier of a group, which is on the device, before the current stream goes on.
@@ -295,7 +304,7 @@ class Compressor(CompressorBase):
             if context.in_place:
                 result = scaled(context.tensor, tensor)
             else:
-                result = scaled(mean, tensor).to(context.tensor.dtype).view(context.tensor.shape)
+                result = put_back(context.site, context.tensor, scaled(mean, tensor))
         hand_back(result)
         return result
 
@@ -588,7 +597,8 @@ class Compressor(CompressorBase):
 
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
         self._record_bypassed(key, tensor.numel(), tensor.element_size(), site.ranks, reason)
-        return reducible(tensor), Unchanged(None, tensor.dtype) if tensor.dtype == torch.bfloat16 else None
+        sent = reducible(tensor)
+        return sent, None if sent is tensor else Copied(site, tensor)
 
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
         """What feedback starts from."""
@@ -612,12 +622,6 @@ def said_of(name: str, tensor: torch.Tensor, what: str) -> str:
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def reducible(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as Horovod takes it."""
-    # Horovod cannot reduce bfloat16.
-    return tensor.to(torch.float32) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def reduced_parameters(optimizer: Any) -> dict[str, torch.Tensor]:

@@ -92,7 +92,7 @@ class DGCCompressor(Compressor):
         store.put(context.key, array_of(torch.where(finite, velocity, before)))
         self._applied(context.site, context.key)
         step = torch.where(finite, flat + momentum * velocity if self.correction.nesterov else velocity, flat)
-        return step.view(mean.shape).to(mean.dtype)
+        return mean.copy_(step.view(mean.shape))
 
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
         return array_of(self._decayed(site, tensor))

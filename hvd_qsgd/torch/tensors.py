@@ -31,6 +31,34 @@ def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
     return mean if factor == 1.0 else mean.mul_(factor)
 
 
+def put_back(site: CallSite, tensor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """The result as the caller of ``compress`` wants it for a tensor, in its type and shape.
+
+    Horovod's own are in the memory of the gradient, which may be part of a buffer that users clear, scale or clip.
+    """
+    if site.optimizer is None or overlaps_itself(tensor):
+        return result.to(tensor.dtype).view(tensor.shape)
+    tensor.detach().copy_(result.view(tensor.shape))
+    return tensor
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory, as in what ``expand()`` makes."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def reducible(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor if Horovod can reduce it, or refuses what it is anyway; else a copy that it can reduce."""
+    if tensor.layout != torch.strided:
+        return tensor
+    return (tensor.to(torch.float32) if tensor.dtype == torch.bfloat16 else tensor).contiguous()
+
+
 def room_for_mean(site: CallSite, tensor: torch.Tensor, source: Any) -> tuple[Any, bool]:
     """An array for the mean of arrays like ``source``, and whether it is the tensor's memory."""
     on_cpu = isinstance(source, np.ndarray)

@@ -63,7 +63,7 @@ def by_ranks(codec: Codec) -> str:
 def normal(shape: Sequence[int], seed: int = 0, rank: int | None = None) -> torch.Tensor:
     """Normal numbers that differ between ranks."""
     generator = torch.Generator().manual_seed(1000 * seed + (hvd.rank() if rank is None else rank))
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(tuple(shape), generator=generator)
 
 
 def dyadic(shape: Sequence[int], seed: int = 0, rank: int | None = None) -> torch.Tensor:

@@ -248,3 +248,12 @@ def test_sparse_selection_that_is_not_finite_spoils_its_tensor() -> None:
     results = hvd.grouped_allreduce([x, normal(SHAPE)], name="x", compression=TopKCompressor(error_feedback=False))
     assert results[0].isnan().all()
     assert_equal(results[1], reference_allgather(TopK(), gather(normal(SHAPE)), "x.1", 0))
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_what_horovod_cannot_reduce_is_refused_in_its_words(rows: int) -> None:
+    ones = torch.ones(rows, 64)
+    for tensor in (ones.to_sparse(), ones.to(torch.complex64), ones.to(torch.bool)):
+        for compression in (hvd.Compression.none, QSGDCompressor(), TopKCompressor()):
+            with pytest.raises(ValueError, match=r"^Tensor type torch\.\S+ is not supported\."):
+                hvd.allreduce(tensor, name="refused", compression=compression)

@@ -30,7 +30,14 @@ from rank_checks import (
 
 from hvd_qsgd import QSGD, Cast, Codec, Identity, TopK
 from hvd_qsgd.errors import UnsupportedError
-from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
+from hvd_qsgd.torch import (
+    CastCompressor,
+    Compressor,
+    DGCCompressor,
+    IdentityCompressor,
+    QSGDCompressor,
+    TopKCompressor,
+)
 
 #: Biases and what is small are not compressed.
 SHAPES = {"conv.weight": (8, 4, 7, 9), "conv.bias": (8,), "head.weight": (50, 61), "head.bias": (50,), "tiny": (9, 9)}
@@ -289,6 +296,64 @@ def test_memory_formats(exchange: str) -> None:
         parameter.grad = torch.zeros(*parameter.shape, 2)[..., 0].copy_(raw[name])
     optimizer.synchronize()
     check_gradients(parameters, raw, QSGD(), 2, reference=reference)
+
+
+def gradients_of_users(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Memory that belongs to the user, for gradients of all kinds of shapes and strides."""
+    flat = torch.zeros(8000, dtype=dtype)
+    return {
+        "part": flat[:2000].view(40, 50),
+        "transposed": flat[2000:4000].view(40, 50).t(),
+        "small part": flat[4000:4100].view(10, 10),
+        "bias": flat[4100:4150],
+        "scalar": flat[4150],
+        "gaps": torch.zeros(40, 50, 2, dtype=dtype)[..., 0],
+        "bias with gaps": torch.zeros(50, 2, dtype=dtype)[:, 0],
+        "channels_last": torch.zeros(8, 6, 7, 9, dtype=dtype).to(memory_format=torch.channels_last),
+        "small channels_last": torch.zeros(2, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "make", "settings"),
+    [
+        *((dtype, IdentityCompressor, {}) for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)),
+        (torch.bfloat16, IdentityCompressor, {"groups": 2}),
+        (torch.float16, lambda: IdentityCompressor(min_elements=0, min_dims=0, error_feedback=True), {"op": hvd.Sum}),
+        (torch.bfloat16, lambda: IdentityCompressor(exchange="auto"), {}),
+        (torch.float32, lambda: DGCCompressor(1.0, momentum=0.0, warm_up=()), {}),
+    ],
+    ids=["float32", "float64", "float16", "bfloat16", "groups", "sum of all", "auto", "dgc"],
+)
+def test_results_are_in_the_memory_of_the_gradients(dtype: torch.dtype, make: Any, settings: dict[str, Any]) -> None:
+    """As Horovod's own are: what users keep there may be cleared, scaled or clipped as a whole."""
+    memory = gradients_of_users(dtype)
+    parameters = {name: torch.nn.Parameter(torch.zeros_like(gradient)) for name, gradient in memory.items()}
+    optimizer = make_optimizer(parameters, make(), **settings)
+    for name, gradient in memory.items():
+        # Horovod changes what this object shows, not the other one.
+        parameters[name].grad = gradient.view(gradient.shape)
+    for step in range(4):
+        raw = make_gradients(parameters, step)
+        for name, gradient in memory.items():
+            gradient.copy_(raw[name])
+        if step != 2:
+            optimizer.synchronize()
+        optimizer.step()  # Twice without skip_synchronize(): what comes again is left there as well.
+        # Then Horovod's sums are sums of sums.
+        times = hvd.size() ** (1 if step == 2 else 2) if settings.get("op") == hvd.Sum else 1
+        for name, gradient in memory.items():
+            assert_equal(gradient, (torch.stack(gather(raw[name])).mean(0) * times).to(dtype))
+            grad = parameters[name].grad
+            assert (grad.data_ptr(), grad.stride()) == (gradient.data_ptr(), gradient.stride()), name
+        assert_same_on_all_ranks(memory.values())
+
+
+def test_a_gradient_whose_elements_share_memory_gets_memory_of_its_own() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(40, 50))
+    parameter.grad = torch.full((1,), float(hvd.rank())).expand(40, 50)
+    make_optimizer({"expanded": parameter}, IdentityCompressor()).synchronize()
+    assert_equal(parameter.grad, torch.full((40, 50), (hvd.size() - 1) / 2))
 
 
 def test_layers_that_are_frozen_and_unfrozen() -> None:

@@ -77,7 +77,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def run(make: Callable[[], Any], setting: Callable[[], AbstractContextManager[Any]]) -> torch.Tensor:
-    """Three steps with gradients of hooks, set by hand, and missing; saved, loaded, and one alone."""
+    """Three steps with gradients of hooks, set ones and missing ones; state, there and back; two tensors alone."""
     parameters = make_parameters(SHAPES)
     parameters["half"] = torch.nn.Parameter(parameters["half"].detach().to(torch.bfloat16))
     raws = [make_gradients(parameters, seed) for seed in range(3)]
