@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from hvd_qsgd import QSGD, ConfigError, HvdQsgdError, SetupError, doctor, estimate
 from hvd_qsgd.cli import app
-from hvd_qsgd.inspecting import inspect_file
+from hvd_qsgd.commands.inspect_files import inspect_file
 from hvd_qsgd.kernels.triton import probe
 from hvd_qsgd.observe import JsonLines, Record
-from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.observe.stats import Stats, TensorStats
 
 SPEEDS = dict.fromkeys(estimate.CODECS, (0.7e-9, 0.4e-9, 1.5e-9))
 

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from hvd_qsgd import ConfigError
 from hvd_qsgd.cli import app, main
-from hvd_qsgd.compressor import STATE_VERSION
-from hvd_qsgd.inspecting import inspect_file
+from hvd_qsgd.commands.inspect_files import inspect_file
+from hvd_qsgd.compressors.base import STATE_VERSION
 from hvd_qsgd.observe import JsonLines, read_records, report
 from hvd_qsgd.observe.report import make_report
 from hvd_qsgd.torch.state import _split, read_state

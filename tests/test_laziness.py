@@ -24,20 +24,20 @@ HEAVY = (
 #: Everything that may be imported without a framework.
 LIGHT = [
     "hvd_qsgd",
-    "hvd_qsgd.agreement",
-    "hvd_qsgd.buffers",
+    "hvd_qsgd.reduction.agreement",
+    "hvd_qsgd.reduction.buffers",
     "hvd_qsgd.codecs",
     "hvd_qsgd.collectives.simulated",
-    "hvd_qsgd.engine",
+    "hvd_qsgd.reduction.progress",
     "hvd_qsgd.exchanges",
     "hvd_qsgd.feedback",
     "hvd_qsgd.codecs.scaled",
-    "hvd_qsgd.fusion",
+    "hvd_qsgd.reduction.fusion",
     "hvd_qsgd.kernels",
     "hvd_qsgd.observe",
     "hvd_qsgd.policies",
-    "hvd_qsgd.random_words",
-    "hvd_qsgd.stats",
+    "hvd_qsgd.codecs.random_words",
+    "hvd_qsgd.observe.stats",
 ]
 
 

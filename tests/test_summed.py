@@ -16,11 +16,11 @@ from checkers import (
 )
 
 from hvd_qsgd import ConfigError, ExchangeError, IntSGD, PowerSGD, UnsupportedError
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.exchanges import Job, Piece
 from hvd_qsgd.exchanges.powersgd import orthogonalized
 from hvd_qsgd.feedback import ErrorFeedback
 from hvd_qsgd.kernels import kernels_for
-from hvd_qsgd.random_words import stream_of
 
 SHAPES = [(40, 50), (6, 4), (32, 3, 5, 5), (50,)]
 BACKENDS = ["numpy", "torch"]

@@ -13,8 +13,8 @@ import pytest
 
 from hvd_qsgd import QSGD, TopK
 from hvd_qsgd.feedback import ErrorFeedback
-from hvd_qsgd.memory import NAMED, PATIENCE, TensorMemory, group_text
 from hvd_qsgd.policies import Accordion, Fixed, LGreCo, Policy, Tensor
+from hvd_qsgd.reduction.memory import NAMED, PATIENCE, TensorMemory, group_text
 
 
 class Parameter:

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(as_json: bool = AS_JSON) -> None:
     """Look at versions, Horovod's build, MPI, the GPU and the network, and say what to fix; status 1 if there is."""
-    from hvd_qsgd import doctor
+    from hvd_qsgd.commands import doctor
 
     with waiting("Asking Horovod, MPI and the GPU"):
         findings = doctor.examine()
@@ -44,7 +44,7 @@ def install_horovod(
     as_json: bool = AS_JSON,
 ) -> None:
     """Build Horovod 0.28.1 against the torch and TensorFlow of this environment, and install it."""
-    from hvd_qsgd import install_horovod
+    from hvd_qsgd.commands import install_horovod
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         install_horovod.install(mpi=not without_mpi, gpu=gpu, force=force, log=log)

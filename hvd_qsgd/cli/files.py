@@ -42,7 +42,7 @@ def inspect(
     as_json: bool = AS_JSON,
 ) -> None:
     """Say what is in a file: settings, tensors, residual norms; of a payload also whether it is sound."""
-    from hvd_qsgd.inspecting import inspect_file
+    from hvd_qsgd.commands.inspect_files import inspect_file
 
     found = inspect_file(file, config, elements)
     if as_json:

@@ -38,7 +38,7 @@ def estimate(
     as_json: bool = AS_JSON,
 ) -> None:
     """Will compression help? Predicts step times; the codecs are timed on this machine, one thread."""
-    from hvd_qsgd import estimate
+    from hvd_qsgd.commands import estimate
 
     if (parameters is None) == (model is None):
         raise typer.BadParameter("give one of both", param_hint="--parameters or --model")
@@ -97,7 +97,7 @@ def bench(
     as_json: bool = AS_JSON,
 ) -> None:
     """How fast is this machine? Codecs, one thread; with --exchange whole allreduces between ranks."""
-    from hvd_qsgd import bench
+    from hvd_qsgd.commands import bench
 
     if exchange:
         rank, times = bench.exchange_times(int(elements), repeats)

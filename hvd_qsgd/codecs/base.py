@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hvd_qsgd.codecs.looks import Looks, at_once, together
+from hvd_qsgd.codecs.readback import Looks, at_once, together
 from hvd_qsgd.errors import ConfigError, PayloadError
 
 #: What decoding does with its output: overwrite it, add to it, or subtract from it.
@@ -42,7 +42,7 @@ class Kernels(ABC):
         Args:
             x: float32 of shape (elements,); stays as it is.
             out: uint8 of shape (bytes,), ``payload_size(elements)`` of them at least.
-            key: 64-bit key of the random words (see ``hvd_qsgd.random_words``).
+            key: 64-bit key of the random words (see ``hvd_qsgd.codecs.random_words``).
             first: position of ``x[0]`` in its tensor, a multiple of the codec's granularity. It picks the random
                 words, so that a tensor encoded in parts gives the codes of the tensor encoded whole.
 
@@ -210,7 +210,7 @@ class Codec(Kernels):
         Args:
             x: array of any shape and any floating dtype; converted to float32 in C order.
                 Values that float32 cannot hold count as infinite.
-            key: 64-bit key of the random words (see :mod:`hvd_qsgd.random_words`).
+            key: 64-bit key of the random words (see :mod:`hvd_qsgd.codecs.random_words`).
 
         Returns:
             The payload, uint8 of shape (bytes,).

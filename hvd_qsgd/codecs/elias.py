@@ -17,8 +17,8 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, combine
 from hvd_qsgd.codecs.bits import planes_size, unpack_planes
-from hvd_qsgd.codecs.looks import Looks, at_once
 from hvd_qsgd.codecs.qsgd import QSGD, dequantize
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import PayloadError
 
 #: In place of the number of levels that are not zero: QSGD's fixed-width codes follow.

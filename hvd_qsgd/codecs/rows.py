@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels, check_integer
-from hvd_qsgd.codecs.looks import Looks, at_once, together
+from hvd_qsgd.codecs.random_words import GOLDEN, MASK64
+from hvd_qsgd.codecs.readback import Looks, at_once, together
 from hvd_qsgd.errors import ConfigError, PayloadError
-from hvd_qsgd.random_words import GOLDEN, MASK64
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, combine
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import ConfigError
 
 

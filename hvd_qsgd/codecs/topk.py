@@ -18,7 +18,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, check_choice, check_integer, combine
 from hvd_qsgd.codecs.bits import pack_stream, unpack_stream
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import ConfigError, PayloadError
 
 #: form, bits of a low part, two reserved zero bytes, number of values; little-endian.

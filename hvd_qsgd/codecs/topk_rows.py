@@ -15,7 +15,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, check_integer, combine
 from hvd_qsgd.codecs.bits import pack_stream, unpack_stream
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import ConfigError, PayloadError
 
 ABS_MASK = np.uint32(0x7FFFFFFF)

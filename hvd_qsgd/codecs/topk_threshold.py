@@ -14,7 +14,7 @@ import numpy as np
 
 from hvd_qsgd.codecs import sidco
 from hvd_qsgd.codecs.base import Kernels, check_choice, check_integer
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.codecs.topk import ABS_MASK, INFINITY_BITS, TopK, largest_positions
 from hvd_qsgd.errors import ConfigError
 

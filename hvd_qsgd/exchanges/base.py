@@ -19,9 +19,9 @@ from typing import Any, TypeVar, Union
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels
-from hvd_qsgd.codecs.looks import Looks, together
+from hvd_qsgd.codecs.random_words import key_of
+from hvd_qsgd.codecs.readback import Looks, together
 from hvd_qsgd.errors import ExchangeError
-from hvd_qsgd.random_words import key_of
 
 #: Payloads start at multiples of this many bytes inside a message.
 ALIGNMENT = 4
@@ -86,7 +86,7 @@ Empty = Callable[[int, str], Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What an exchange does on each rank, for predictions (:mod:`hvd_qsgd.cost`)."""
+    """What an exchange does on each rank, for predictions (:mod:`hvd_qsgd.tuning.cost`)."""
 
     #: Bytes that a rank sends, by collective ("allgather", "alltoall", "allreduce").
     sent: Mapping[str, float]
@@ -108,7 +108,7 @@ class Piece:
             ``keep_error``.
         out: receives the mean over ranks, flat and of the type of ``x``; may be the memory of ``x`` unless
             ``keep_error``.
-        stream, step: of the random words (see :mod:`hvd_qsgd.random_words`).
+        stream, step: of the random words (see :mod:`hvd_qsgd.codecs.random_words`).
         first: position of ``x[0]`` in its tensor.
         keep_error: leave in ``x`` what this rank could not send: the new residual.
         shape: of the tensor, if the piece is all of it.

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
+from hvd_qsgd.codecs.random_words import words
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, all_finite, ring_bytes, sent
 from hvd_qsgd.exchanges.linear import checked_sum
-from hvd_qsgd.random_words import words
 
 #: Share of a column's norm that float32 cannot tell from rounding.
 NEGLIGIBLE = 1e-5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hvd_qsgd.codecs.base import MODES, Kernels, unknown_mode
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.codecs.scaled import Scaled
 from hvd_qsgd.kernels import kernels_for
 

@@ -15,7 +15,7 @@ VERSION = 1
 
 
 class JsonLines:
-    """One object a record; the fields are those of :class:`Record` and :class:`hvd_qsgd.stats.Stats`.
+    """One object a record; the fields are those of :class:`Record` and :class:`hvd_qsgd.observe.stats.Stats`.
 
     The file is replaced when the first record comes, and complete up to the last one whatever happens.
 

@@ -27,7 +27,7 @@ COUNTS = {
     "wait_seconds": SECONDS,
     "decode_seconds": SECONDS,
 }
-#: Of :meth:`hvd_qsgd.stats.TensorStats.as_dict`.
+#: Of :meth:`hvd_qsgd.observe.stats.TensorStats.as_dict`.
 TENSOR = fields(
     {
         "elements": COUNT,

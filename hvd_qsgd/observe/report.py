@@ -10,7 +10,7 @@ from typing import Any
 
 from hvd_qsgd.observe.plots import draw
 from hvd_qsgd.observe.reading import read_records
-from hvd_qsgd.stats import COUNTERS
+from hvd_qsgd.observe.stats import COUNTERS
 from hvd_qsgd.text import plain
 
 Record = dict[str, Any]

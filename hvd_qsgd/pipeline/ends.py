@@ -10,11 +10,11 @@ import torch
 
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.kernels.torch.untraced import untraced
+from hvd_qsgd.observe.stats import Stats
 from hvd_qsgd.pipeline.boundary import WAYS
 from hvd_qsgd.pipeline.channel import End, Received, Receiver, Sender, Settings
 from hvd_qsgd.pipeline.direction import Direction
 from hvd_qsgd.pipeline.transport import CONTROL, Transport
-from hvd_qsgd.stats import Stats
 
 #: Where the other end is, as the difference of ranks.
 BEFORE, AFTER = -1, 1

@@ -18,7 +18,7 @@ class Tensor:
     Attributes:
         name: of the parameter.
         shape: of the parameter.
-        key: under which its memory stands (see :mod:`hvd_qsgd.memory`); by default its name.
+        key: under which its memory stands (see :mod:`hvd_qsgd.reduction.memory`); by default its name.
     """
 
     name: str

@@ -25,23 +25,23 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import Self
 
-from hvd_qsgd.advisor import Advisor
-from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
-from hvd_qsgd.compressor import CompressorBase, class_or_instance
-from hvd_qsgd.cost import UNCOMPRESSED, Decision
+from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.exchanges.base import AllGather
 from hvd_qsgd.kernels import kernels_for
-from hvd_qsgd.memory import NAMED, group_text
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
+from hvd_qsgd.reduction.agreement import check_settings, settings_message
+from hvd_qsgd.reduction.memory import NAMED, group_text
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
 from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site, in_loop
 from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan
+from hvd_qsgd.tuning.auto import Advisor
+from hvd_qsgd.tuning.cost import UNCOMPRESSED, Decision
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     Use it as ``compression=`` of ``hvd.DistributedGradientTape``, ``hvd.DistributedOptimizer``,
     ``hvd.allreduce`` or ``hvd.grouped_allreduce``; both the class (all defaults) and an instance
-    work. The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`, and one more.
+    work. The settings are those of :class:`hvd_qsgd.compressors.base.CompressorBase`, and one more.
 
     Args:
         kernels: what encodes: "numba" on the CPU, to which tensors of a GPU are copied, or "tensorflow" on the tensors'
@@ -117,7 +117,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     @classmethod
     def default(cls) -> Self:
-        """See :meth:`hvd_qsgd.compressor.CompressorBase.default`; it outlives the trace in which it is first used."""
+        """See :meth:`.CompressorBase.default`; it outlives the trace in which it is first used."""
         with tf.init_scope():
             return super().default()
 

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from hvd_qsgd.buffers import Buffers
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.collectives.horovod_tensorflow import INPUTS, HorovodCollectives, emit, inputs_of, outcome_of
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, start_exchange
 from hvd_qsgd.exchanges.base import Steps
-from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Tensor
-from hvd_qsgd.random_words import stream_of
+from hvd_qsgd.reduction.buffers import Buffers
+from hvd_qsgd.reduction.fusion import Slice, plan_bundles
 from hvd_qsgd.tensorflow.backends import HOST, Backend
 from hvd_qsgd.tensorflow.floats import with_subnormals
 

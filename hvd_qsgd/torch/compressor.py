@@ -15,27 +15,27 @@ from typing import Any, TypeVar
 import horovod.torch as hvd
 import torch
 
-from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.codecs import Codec
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives, wrap
-from hvd_qsgd.compressor import CompressorBase, class_or_instance
-from hvd_qsgd.cost import UNCOMPRESSED, Decision
+from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
-from hvd_qsgd.fusion import Slice, backward_order, plan_bundles
 from hvd_qsgd.kernels.torch.untraced import untraced
-from hvd_qsgd.memory import NAMED, group_text, plain_name
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
-from hvd_qsgd.random_words import stream_of
+from hvd_qsgd.reduction.fusion import Slice, backward_order, plan_bundles
+from hvd_qsgd.reduction.memory import NAMED, group_text, plain_name
 from hvd_qsgd.torch.callsite import Call, CallSite, find_call_site, steps_now
 from hvd_qsgd.torch.discards import Discards, not_applied
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
 from hvd_qsgd.torch.preflight import preflight
-from hvd_qsgd.torch.rehearsal import Rehearsal
 from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
 from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, put_back, reducible, room_for_mean, scaled
+from hvd_qsgd.tuning.auto import Advisor
+from hvd_qsgd.tuning.cost import UNCOMPRESSED, Decision
+from hvd_qsgd.tuning.warm_up import Rehearsal
 
 #: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
 #: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
@@ -121,16 +121,16 @@ class Compressor(CompressorBase):
 
     Use it as ``compression=`` of ``hvd.DistributedOptimizer``, ``hvd.allreduce`` or
     ``hvd.grouped_allreduce``; both the class (all defaults) and an instance work.
-    The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`; with ``exchange="auto"`` the
+    The settings are those of :class:`hvd_qsgd.compressors.base.CompressorBase`; with ``exchange="auto"`` the
     first two steps of an optimizer are not compressed, because they end with the measurement.
 
     Args:
-        codec: see :class:`hvd_qsgd.compressor.CompressorBase`.
+        codec: see :class:`hvd_qsgd.compressors.base.CompressorBase`.
         progress_thread: let a thread go on with exchanges during the backward pass: the second phase of
             "scatter_gather" and "allreduce" starts when the first has ended, and what has come is decoded. Only for
             programs in which every other Horovod call between ``backward()`` and ``step()`` has a ``name=``: Horovod
             numbers those without, and with a thread the numbers differ between ranks, which then wait forever.
-        settings: see :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: see :class:`hvd_qsgd.compressors.base.CompressorBase`.
 
     Raises:
         ConfigError: a value is out of range, or the settings do not go together.
@@ -341,7 +341,7 @@ class Compressor(CompressorBase):
 
     @class_or_instance
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :meth:`hvd_qsgd.compressor.CompressorBase.load_state_dict`."""
+        """See :meth:`hvd_qsgd.compressors.base.CompressorBase.load_state_dict`."""
         super().load_state_dict(state)
         self.replan()
 
@@ -590,7 +590,7 @@ class Compressor(CompressorBase):
             self._make_bundles(state, undecided.site)
 
     def _advise(self, codec: Codec, process_set: Any, device: torch.device, elements: int, *plan: Any) -> Decision:
-        """What to do with ``elements`` elements; ``plan``: see :meth:`hvd_qsgd.advisor.Advisor.decide`."""
+        """What to do with ``elements`` elements; ``plan``: see :meth:`hvd_qsgd.tuning.auto.Advisor.decide`."""
         group = f"set{process_set.process_set_id}"
         collectives = HorovodCollectives(process_set)
         return self._advisor.decide(kernels_on(codec, device), collectives, empty_on(device), group, elements, *plan)

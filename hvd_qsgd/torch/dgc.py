@@ -14,7 +14,7 @@ import torch
 
 from hvd_qsgd.codecs import ThresholdTopK
 from hvd_qsgd.collectives.horovod_torch import wrap
-from hvd_qsgd.compressor import class_or_instance
+from hvd_qsgd.compressors.base import class_or_instance
 from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.feedback import MomentumCorrection
 from hvd_qsgd.kernels.torch.untraced import untraced
@@ -47,7 +47,7 @@ class DGCCompressor(Compressor):
             that are not compressed get the same momentum after their allreduce.
         weight_decay: times the parameter, is added to gradients before they are accumulated.
         warm_up: ratios of the first epochs; none if empty.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
 
     Raises:
         ConfigError: a value is out of range.

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 
-from hvd_qsgd.agreement import check_settings, settings_message
-from hvd_qsgd.buffers import Buffers
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.engine import Engine, Span, Task
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.exchanges.base import AllGather
-from hvd_qsgd.fusion import Slice
 from hvd_qsgd.kernels import kernels_for, torch_backend
-from hvd_qsgd.stats import TensorStats
+from hvd_qsgd.observe.stats import TensorStats
+from hvd_qsgd.reduction.agreement import check_settings, settings_message
+from hvd_qsgd.reduction.buffers import Buffers
+from hvd_qsgd.reduction.fusion import Slice
+from hvd_qsgd.reduction.progress import Engine, Span, Task
 from hvd_qsgd.torch.streams import on_own_stream
 
 #: Collectives of all compressors share one engine: whoever waits moves everybody's exchanges.
@@ -66,7 +66,7 @@ class Agreement:
 
     Args:
         name: the same on all ranks.
-        settings: see :meth:`hvd_qsgd.compressor.CompressorBase._settings`.
+        settings: see :meth:`hvd_qsgd.compressors.base.CompressorBase._settings`.
         tensors: what is told where ranks differ in them, if it is not too much for a message.
         process_set: whose ranks take part.
     """

@@ -16,9 +16,9 @@ import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_qsgd.agreement import check_words
 from hvd_qsgd.collectives.horovod_torch import mismatched
 from hvd_qsgd.errors import ExchangeError, UnsupportedError
+from hvd_qsgd.reduction.agreement import check_words
 from hvd_qsgd.torch.callsite import Call
 from hvd_qsgd.torch.flights import Agreement
 
@@ -32,7 +32,7 @@ def preflight(call: Call, process_set: Any, settings: dict[str, Any], tensors: l
     Args:
         call: what they are in.
         process_set: whose ranks take part.
-        settings: of the compressor; see :meth:`hvd_qsgd.compressor.CompressorBase._settings`.
+        settings: of the compressor; see :meth:`hvd_qsgd.compressors.base.CompressorBase._settings`.
         tensors: what will be done with each tensor of the call.
 
     Raises:

@@ -25,8 +25,8 @@ from horovod.torch.elastic.state import StateHandler, get_handler_registry
 from hvd_qsgd.checks import WrongFieldError, shown
 from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.base import Names
+from hvd_qsgd.compressors.saved import check_saved
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.saved import check_saved
 from hvd_qsgd.torch.compressor import Compressor
 from hvd_qsgd.torch.flights import ENGINE
 

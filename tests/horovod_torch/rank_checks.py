@@ -12,7 +12,7 @@ import torch
 from expectations import REFERENCES, SHAPE, assert_equal, assert_within_a_level, reference_allgather
 
 from hvd_qsgd import Codec
-from hvd_qsgd.memory import group_text
+from hvd_qsgd.reduction.memory import group_text
 
 __all__ = ["REFERENCES", "SHAPE", "assert_equal", "assert_within_a_level", "reference_allgather"]
 

@@ -21,9 +21,9 @@ from rank_checks import (
 )
 
 from hvd_qsgd import QSGD
-from hvd_qsgd.cost import COLLECTIVES, UNCOMPRESSED, Costs
 from hvd_qsgd.torch import QSGDCompressor, TopKCompressor
-from hvd_qsgd.torch.rehearsal import REHEARSALS
+from hvd_qsgd.tuning.cost import COLLECTIVES, UNCOMPRESSED, Costs
+from hvd_qsgd.tuning.warm_up import REHEARSALS
 
 SHAPES = {"first": (40, 50), "bias": (50,), "second": (30, 40)}
 SLOW = Costs(1e-3, 0.0, dict.fromkeys(COLLECTIVES, 1e-3), 1e-9, 1e-9, 1e-9)
@@ -37,7 +37,7 @@ def assume(monkeypatch: pytest.MonkeyPatch, costs: Costs) -> None:
         return costs
         yield
 
-    monkeypatch.setattr("hvd_qsgd.advisor.measure_costs", measured)
+    monkeypatch.setattr("hvd_qsgd.tuning.auto.measure_costs", measured)
 
 
 def assert_all_ranks_say(text: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.elias import FIXED_WIDTH, EliasQSGD, damaged
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.reduce import all_finite

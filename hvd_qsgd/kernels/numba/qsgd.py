@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvd_qsgd.codecs.base import Kernels, mode_number
-from hvd_qsgd.codecs.looks import Looks
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NAN_BITS, NORM_LANES, QSGD, TINY
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.intrinsics import (
     add_level,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hvd_qsgd.codecs.base import mode_number
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.rows import Rows, RowsKernels
 from hvd_qsgd.codecs.topk import HEADER, INFINITY_BITS, LARGEST_HALF, NOT_FINITE, TopK, form_size, smallest_form
 from hvd_qsgd.kernels.numba.cast import from_half, to_half

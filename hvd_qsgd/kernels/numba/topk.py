@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvd_qsgd.codecs.base import Kernels, mode_number
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.codecs.topk import (
     BITMAP,
     GAPS,

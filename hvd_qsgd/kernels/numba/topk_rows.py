@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvd_qsgd.codecs.base import Kernels
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk_rows import INFINITY_BITS, RowTopK
 from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.reduce import all_finite

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_qsgd.codecs.base import Kernels
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk import INFINITY_BITS, TopK
 from hvd_qsgd.kernels.tensorflow.array import tensor_of
 from hvd_qsgd.kernels.tensorflow.base import all_finite

@@ -10,11 +10,11 @@ import torch
 
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.bits import planes_size
-from hvd_qsgd.codecs.looks import Looks
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NORM_LANES, QSGD, TINY
+from hvd_qsgd.codecs.random_words import MULTIPLIER_1, MULTIPLIER_2
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.kernels.torch.bits import pack_planes, unpack_planes
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
-from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
 
 #: Elements that are worked on at a time: temporary memory stays small, and on a CPU in the cache.
 CHUNK = 1 << 20
@@ -31,7 +31,7 @@ def shift_right(values: torch.Tensor, places: int) -> torch.Tensor:
 
 
 def words(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """:func:`hvd_qsgd.random_words.words` as int32 with the same bits: products and sums wrap around."""
+    """:func:`hvd_qsgd.codecs.random_words.words` as int32 with the same bits: products and sums wrap around."""
     h = torch.arange(count, dtype=torch.int32, device=device)
     h += signed(first + key)
     h ^= shift_right(h, 16)

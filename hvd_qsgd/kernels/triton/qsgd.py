@@ -14,7 +14,7 @@ import torch
 
 from hvd_qsgd.codecs.base import mode_number
 from hvd_qsgd.codecs.bits import plane_widths, planes_size
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.kernels.torch.qsgd import QSGDKernels as TorchKernels
 from hvd_qsgd.kernels.torch.qsgd import signed, unit
 from hvd_qsgd.kernels.triton.decode import decode, decode_buckets

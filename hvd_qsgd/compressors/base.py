@@ -19,12 +19,12 @@ from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.exchanges.base import ring_bytes
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
-from hvd_qsgd.fusion import BUNDLE_ELEMENTS
 from hvd_qsgd.kernels.threads import owned_cores, use_threads
-from hvd_qsgd.memory import TensorMemory
 from hvd_qsgd.observe.monitor import Monitor
+from hvd_qsgd.observe.stats import Stats, TensorStats
 from hvd_qsgd.policies import Fixed, Policy, Tensor
-from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.reduction.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.reduction.memory import TensorMemory
 
 P = ParamSpec("P")
 R = TypeVar("R")

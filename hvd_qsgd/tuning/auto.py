@@ -1,4 +1,4 @@
-"""``exchange="auto"``: measures the network and the machine, then decides; see :mod:`hvd_qsgd.cost`."""
+"""``exchange="auto"``: measures the network and the machine, then decides; see :mod:`hvd_qsgd.tuning.cost`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.collectives.base import OfProcessSet
-from hvd_qsgd.cost import Costs, Decision, agree_on_largest, decide, measure_costs
-from hvd_qsgd.engine import run_exchange
 from hvd_qsgd.exchanges.base import Empty
+from hvd_qsgd.reduction.progress import run_exchange
+from hvd_qsgd.tuning.cost import Costs, Decision, agree_on_largest, decide, measure_costs
 
 
 class Advisor:

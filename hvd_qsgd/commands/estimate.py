@@ -1,6 +1,6 @@
 """Will compression help? Predicted step times, from a model's size, the network and this machine's codecs.
 
-The model is that of ``exchange="auto"`` (:mod:`hvd_qsgd.cost`), on a network that is described instead of measured.
+The model is that of ``exchange="auto"`` (:mod:`hvd_qsgd.tuning.cost`), on a network that is described, not measured.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs import QSGD, Codec, TopK
-from hvd_qsgd.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec, measure_costs
-from hvd_qsgd.engine import run_exchange
+from hvd_qsgd.commands.job import check_launched
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.fusion import BUNDLE_ELEMENTS
-from hvd_qsgd.job import check_launched
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.reduction.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.reduction.progress import run_exchange
 from hvd_qsgd.text import shortened
+from hvd_qsgd.tuning.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec, measure_costs
 
 CODECS: dict[str, Codec] = {
     "QSGD, 8 bits": QSGD(8),

@@ -13,8 +13,8 @@ import numpy as np
 
 from hvd_qsgd.checks import WrongFieldError
 from hvd_qsgd.codecs import codec_from_config
+from hvd_qsgd.compressors.saved import check_saved
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.saved import check_saved
 
 #: Keys by which the state of a compressor is recognized inside a checkpoint.
 STATE_KEYS = {"version", "config", "arrays", "steps"}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from hvd_qsgd.codecs.base import Kernels
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 
 Write = Callable[[torch.Tensor], int]
 Apply = Callable[[torch.Tensor, str], None]

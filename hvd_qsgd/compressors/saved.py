@@ -1,11 +1,11 @@
-"""What a saved state holds (:meth:`hvd_qsgd.compressor.CompressorBase.state_dict`), checked before it is used."""
+"""What a saved state holds (:meth:`hvd_qsgd.compressors.base.CompressorBase.state_dict`), checked before it is used."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hvd_qsgd.checks import WrongFieldError, fields, named, number, text, wrong
-from hvd_qsgd.compressor import STATE_VERSION
+from hvd_qsgd.compressors.base import STATE_VERSION
 
 #: Settings and states of policies are nested a few levels deep.
 LEVELS = 20
