@@ -14,15 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from launch import ROOT
+from safetensors.torch import save_file
 from test_observe import record
 from typer.testing import CliRunner
 
 from hvd_qsgd import ConfigError
 from hvd_qsgd.cli import app, main
+from hvd_qsgd.compressor import STATE_VERSION
 from hvd_qsgd.inspecting import inspect_file
 from hvd_qsgd.observe import JsonLines, read_records, report
 from hvd_qsgd.observe.report import make_report
+from hvd_qsgd.torch.state import _split, read_state
 
 MARKUP = "<script>alert(1)</script>"
 CONTROL = "\x1b]0;owned\x07\x1b[2J\x9b5m\u202e\n\ud800[red]x[/] :fire:"
@@ -122,7 +126,7 @@ def test_ranks_that_are_markup_are_refused(tmp_path: Path) -> None:
     lines = lines_of_a_run(tmp_path)
     for field in ("rank", "ranks", "steps", "time"):
         path = written(tmp_path / "run.jsonl", [{**lines[0], field: MARKUP}, *lines[1:]])
-        with pytest.raises(ConfigError, match=rf"line 1: {field} is '<script>.*, and must be a .*number"):
+        with pytest.raises(ConfigError, match=rf"line 1 has a wrong field: {field} is '<script>.*must be a .*number"):
             make_report([path])
 
 
@@ -206,3 +210,95 @@ def printing_of(module: Path) -> set[str]:
 def test_commands_print_through_one_module() -> None:
     modules = {path.stem: printing_of(path) for path in (ROOT / "hvd_qsgd" / "cli").glob("*.py")}
     assert {name for name, found in modules.items() if found} == {"output"}
+
+
+# -- states -------------------------------------------------------------------------------------------
+
+
+def saved_state() -> dict[str, Any]:
+    return {
+        "version": STATE_VERSION,
+        "config": {"codec": "topk", "ratio": 0.01, "error_feedback": {"feedback": "residual"}},
+        "arrays": {"residual/0/w": torch.arange(6.0), "residual/0/v": torch.ones(2)},
+        "numbers": {"steps/0/w": 3},
+        "steps": {"0/w": 41, "0/v": 41},
+        "memory": {"0/w": {"threshold": 0.5, "left": 3, "q": torch.ones(2, 3)}},
+        "policy": {"step": 4, "last": {"0/w": torch.ones(3)}},
+    }
+
+
+def write_state(path: Path, metadata: str, arrays: dict[str, Any]) -> Path:
+    save_file(arrays, path, metadata={"hvd_qsgd": metadata})
+    return path
+
+
+def test_damaged_states_are_refused_by_name_of_file_and_field(tmp_path: Path) -> None:
+    """Their plain part, which tells where arrays belong: each of its parts missing, of another type, or too deep."""
+    tensors, plain = _split(saved_state(), "")
+    path = write_state(tmp_path / "rank-00000-of-00001.safetensors", json.dumps(plain), tensors)
+    assert json.dumps(_split(read_state(path), "")[1]) == json.dumps(plain)
+    refused = 0
+    for number in range(len(list(places(plain)))):
+        for hostile in (None, True, -5, "", MARKUP, [], {}, [[]], {"value": MARKUP}, {"tensor": "/nowhere"}, "missing"):
+            copy = json.loads(json.dumps(plain))
+            inside, key = list(places(copy))[number]
+            del inside[key]
+            if hostile != "missing":
+                inside[key] = hostile
+            write_state(path, json.dumps(copy), tensors)
+            try:
+                state = read_state(path)
+                inspect_file(path)
+                assert set(state) >= set(saved_state())
+            except ConfigError as error:
+                refused += 1
+                assert re.match(rf"{path} holds a damaged state: \S.*\. Go back", str(error)), error
+    assert refused > 400
+    deep = '{"mapping": {"version": ' * 5000 + "0" + "}}" * 5000
+    for metadata, why in (
+        ("nothing", "its metadata cannot be read as JSON"),
+        ("[" * 100_000, "its metadata cannot be read as JSON"),
+        (deep, "read as JSON|levels deep|is neither a value"),
+        (json.dumps(plain).replace("0.01", "[" * 90 + "]" * 90), "config.ratio.* is nested more than 20 levels deep"),
+        ("3", "all of it is neither a value nor a tensor nor"),
+        ('{"mapping": {}}', "version is missing"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds a damaged state: .*{why}"):
+            read_state(write_state(path, metadata, tensors))
+
+
+def test_files_of_damaged_bytes_are_refused(tmp_path: Path) -> None:
+    tensors, plain = _split(saved_state(), "")
+    path = write_state(tmp_path / "x.safetensors", json.dumps(plain), tensors)
+    sound, rng, read = path.read_bytes(), np.random.default_rng(0), 0
+    for number in range(600):
+        content = np.frombuffer(sound, np.uint8).copy()
+        if number % 3 == 0:
+            content = content[: rng.integers(len(content))]
+        else:
+            content[rng.integers(len(content))] = rng.integers(32, 127)
+        path.write_bytes(content.tobytes())
+        try:
+            inspect_file(path)
+            read += 1
+        except ConfigError as error:
+            assert str(path) in str(error)
+    assert 50 < read < 550
+    with pytest.raises(ConfigError, match="There is no file"):
+        inspect_file(tmp_path)
+
+
+def test_checkpoints_with_damaged_states_are_refused(tmp_path: Path) -> None:
+    path, loop = tmp_path / "x.pt", [1]
+    loop.append(loop)  # type: ignore[arg-type]
+    deep: Any = saved_state()
+    for _ in range(400):
+        deep = [deep]
+    for content in ({"a": loop, "b": saved_state()}, {"a": deep}):
+        torch.save(content, path)
+        assert inspect_file(path).facts["states"] == 1
+    for field in ("version", "config", "arrays", "steps", "numbers", "memory", "policy"):
+        for hostile in (None, 3.5, MARKUP, [1], {1: 2}, {"a": deep}):
+            torch.save({"here": [{**saved_state(), field: hostile}]}, path)
+            with pytest.raises(ConfigError, match=rf"holds a damaged state at here/0: (a name in )?{field}"):
+                inspect_file(path)

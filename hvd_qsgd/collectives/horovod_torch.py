@@ -45,6 +45,11 @@ def ends_early() -> bool:
     return set_by_environment("HOROVOD_ENABLE_ASYNC_COMPLETION") or set_by_environment("HOROVOD_ENABLE_XLA_OPS")
 
 
+def mismatched(error: HorovodInternalError) -> bool:
+    """Whether ranks came with different things under one name."""
+    return "mismatched" in str(error).lower()
+
+
 @dataclass
 class HorovodHandle:
     request: Request
@@ -62,7 +67,7 @@ class HorovodHandle:
                     f"{self.request.name}: a rank has called hvd.join(), and Horovod cannot gather with a joined rank "
                     f'({error}). Use exchange="allreduce", which can.'
                 ) from error
-            if "mismatched" in str(error).lower():
+            if mismatched(error):
                 raise ExchangeError(
                     f"{self.request.name}: the ranks started different collectives ({error}). "
                     f"All ranks must run the same model with the same compressor settings."

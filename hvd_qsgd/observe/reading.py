@@ -4,80 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hvd_qsgd.checks import WrongFieldError, fields, named, number, shown, text
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.observe.json_lines import VERSION
-from hvd_qsgd.text import plain, shortened
-
-#: Gives a value back, or raises WrongFieldError. The second argument says where in the record it stands.
-Check = Callable[[Any, str], Any]
-
-
-class WrongFieldError(ValueError):
-    """What is wrong with a record, as the end of a sentence that begins with its place."""
-
-
-def number(low: int, high: float, whole: bool = False, or_null: bool = False) -> Check:
-    what = f"a {'whole ' * whole}number from {low} to {high:g}{' or null' * or_null}"
-
-    def check(value: Any, place: str) -> Any:
-        if value is None and or_null:
-            return value
-        # True is an int, and NaN is in no range.
-        right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not right or not low <= value <= high:
-            raise wrong(value, place, what)
-        return value
-
-    return check
-
-
-def text(value: Any, place: str) -> Any:
-    if not isinstance(value, str):
-        raise wrong(value, place, "text")
-    return value
-
-
-def named(check: Check) -> Check:
-    """An object whose fields are names that somebody gave, with values that pass the check."""
-
-    def check_all(value: Any, place: str) -> Any:
-        if not isinstance(value, dict):
-            raise wrong(value, place, "an object")
-        return {name: check(part, f"{place}[{shortened(repr(name))}]") for name, part in value.items()}
-
-    return check_all
-
-
-def fields(checks: Mapping[str, Check]) -> Check:
-    """An object with these fields; others are left out."""
-
-    def check_all(value: Any, place: str) -> Any:
-        if not isinstance(value, dict):
-            raise wrong(value, place, "an object")
-        found = {}
-        for name, check in checks.items():
-            inner = f"{place}.{name}" if place else name
-            if name not in value:
-                raise WrongFieldError(f"{inner} is missing")
-            found[name] = check(value[name], inner)
-        return found
-
-    return check_all
-
-
-def wrong(value: Any, place: str, what: str) -> WrongFieldError:
-    return WrongFieldError(f"{place} is {shown(value)}, and must be {what}")
-
-
-def shown(value: Any) -> str:
-    """A value of JSON in few words: others may be as long or as deep as they like."""
-    kinds = {dict: "an object", list: "a list", type(None): "null"}
-    return kinds.get(type(value)) or shortened(repr(value))
-
+from hvd_qsgd.text import plain
 
 #: Far more than any run has, and few enough for dates, sums and the axes of plots.
 COUNT = number(0, 2**62, whole=True)
@@ -141,31 +74,31 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     content = Path(path).read_text(encoding="utf-8", errors="replace")
     lines = content.removesuffix("\n").split("\n") if content else []
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             # Python has an error of its own for the longest whole numbers.
             record = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 30 else float(digits))
         except (ValueError, RecursionError):
-            if records and number == len(lines):
+            if records and place == len(lines):
                 say = logging.getLogger("hvd_qsgd").warning
-                say("%s, line %s, the last one, was cut off and is left out.", plain(str(path)), number)
+                say("%s, line %s, the last one, was cut off and is left out.", plain(str(path)), place)
                 break
             record = None
         if not isinstance(record, dict) or "version" not in record:
             raise ConfigError(
-                f"{path}, line {number} is no record of hvd_qsgd. Give a file that JsonLines wrote: "
+                f"{path}, line {place} is no record of hvd_qsgd. Give a file that JsonLines wrote: "
                 f"QSGDCompressor(monitor=Monitor(JsonLines('run.jsonl')))."
             )
         if record["version"] != VERSION:
             raise ConfigError(
-                f"{path}, line {number} has version {shown(record['version'])} of the records, and this hvd-qsgd reads "
+                f"{path}, line {place} has version {shown(record['version'])} of the records, and this hvd-qsgd reads "
                 f"{VERSION}. Use the hvd-qsgd that wrote it."
             )
         try:
             records.append(RECORD(record, ""))
         except WrongFieldError as error:
             raise ConfigError(
-                f"{path}, line {number}: {error}. The file was damaged, or JsonLines did not write it."
+                f"{path}, line {place} has a wrong field: {error}. The file was damaged, or JsonLines did not write it."
             ) from None
     if not records:
         raise ConfigError(f"{path} holds no record. The first is written after Monitor(every=...) steps.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import horovod.torch as hvd
 import torch
@@ -22,16 +22,17 @@ from hvd_qsgd.compressor import CompressorBase, class_or_instance
 from hvd_qsgd.cost import UNCOMPRESSED, Decision
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
-from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.fusion import Slice, backward_order, plan_bundles
 from hvd_qsgd.kernels.torch.untraced import untraced
 from hvd_qsgd.memory import NAMED, group_text, plain_name
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
 from hvd_qsgd.random_words import stream_of
-from hvd_qsgd.torch.callsite import CallSite, find_call_site, steps_now
+from hvd_qsgd.torch.callsite import Call, CallSite, find_call_site, steps_now
 from hvd_qsgd.torch.discards import Discards, not_applied
 from hvd_qsgd.torch.flights import Agreement, Bundle, Flight, empty_on, kernels_on
+from hvd_qsgd.torch.preflight import preflight
 from hvd_qsgd.torch.rehearsal import Rehearsal
 from hvd_qsgd.torch.streams import bring, hand_back, on_own_stream
 from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, put_back, reducible, room_for_mean, scaled
@@ -39,6 +40,8 @@ from hvd_qsgd.torch.tensors import array_of, carrier_for, flat, put_back, reduci
 #: Exchanges of one tensor that are under way at once, where somebody waits for it. More would give Horovod many to
 #: fuse: it hands back what it has fused all at once, and decoding begins when the wire has fallen silent.
 IN_FLIGHT = 3
+
+V = TypeVar("V")
 
 
 @dataclass
@@ -71,6 +74,18 @@ class Copied:
 
     site: CallSite
     tensor: torch.Tensor
+
+
+@dataclass
+class Refused:
+    """A tensor that is left to Horovod although it should have been compressed.
+
+    ``decompress`` raises the error: before that Horovod compares what the ranks hand in, and raises on those whose
+    tensors are not refused.
+    """
+
+    site: CallSite
+    error: UnsupportedError
 
 
 @dataclass
@@ -137,7 +152,7 @@ class Compressor(CompressorBase):
         self._optimizers_seen = 0
         self._advisor = Advisor()
         self._decisions: dict[tuple[Any, ...], Decision] = {}
-        #: Bundles of tensors that came through hvd.allreduce, by name, length, device and process set.
+        #: Bundles of tensors that came through hvd.allreduce, by :func:`single_key`.
         self._single: dict[tuple[Any, ...], list[tuple[Slice, Bundle]]] = {}
         #: Why tensors are left to Horovod, by all that this depends on.
         self._reasons: dict[tuple[Any, ...], str] = {}
@@ -156,8 +171,13 @@ class Compressor(CompressorBase):
 
         Raises:
             UnsupportedError: the caller wants what compression cannot do correctly.
+            ExchangeError: the ranks do not mean the same by an allreduce.
         """
         site = find_call_site(tensor)
+        if site.refusal is not None:
+            return reducible(tensor), Refused(site, site.refusal)
+        if site.call is not None:
+            self._ask_others(site, site.call)
         state = self._state_of(site)
         described = self._described(site, tensor, state)
         key = described.key
@@ -188,7 +208,10 @@ class Compressor(CompressorBase):
         if state is None or state.bundles is None:
             bundles = self._bundles(site, tensor)
         else:
-            bundles = planned(state.bundles, site.name, tensor)
+            try:
+                bundles = planned(state.bundles, site.name, tensor)
+            except UnsupportedError as refusal:
+                return reducible(tensor), Refused(site, refusal)
         bring(tensor)
         with on_own_stream(tensor.device):
             context = self._take_off(site, described, tensor, bundles, measures)
@@ -236,6 +259,7 @@ class Compressor(CompressorBase):
                 keep_error=context.corrected is not None or measures,
                 shape=tuple(tensor.shape),
                 memory=memory,
+                dtype=name_of(tensor.dtype),
             )
             flight = bundle.flight_for(part)
             context.flights.append((part, flight))
@@ -254,10 +278,16 @@ class Compressor(CompressorBase):
         """Wait for the exchange and return the reduced gradient; Horovod calls this.
 
         Raises:
+            UnsupportedError: the caller wants what compression cannot do correctly.
             ExchangeError: the ranks did not mean the same exchange.
         """
         if context is None:
             return tensor
+        if isinstance(context, Refused):
+            if context.site.optimizer is not None:
+                # The step is given up, and can be begun anew.
+                context.site.optimizer._handles.clear()
+            raise context.error
         if isinstance(context, Undecided):
             self._landed(context)
             return self.decompress(tensor, context.context)
@@ -371,8 +401,12 @@ class Compressor(CompressorBase):
     def _described(self, site: CallSite, tensor: torch.Tensor, state: OptimizerState | None = None) -> Tensor:
         if state is not None:
             return tensor_of(site.name, tensor, state.keys[site.name])
-        (key,) = self._claim([(site.name, NAMED)], group_of(site.process_set))
-        return tensor_of(site.name, tensor, key)
+        return self._named(site.name, site.process_set, tensor)
+
+    def _named(self, name: str, process_set: Any, tensor: torch.Tensor) -> Tensor:
+        """A tensor of ``hvd.allreduce``."""
+        (key,) = self._claim([(name, NAMED)], group_of(process_set))
+        return tensor_of(name, tensor, key)
 
     def _claim_parameters(self, optimizer: Any) -> dict[str, str]:
         names = {name: parameter for parameter, name in optimizer._parameter_names.items()}
@@ -398,7 +432,10 @@ class Compressor(CompressorBase):
             self._optimizers_seen += 1
         if state.bundles is None:
             plan = self._make_bundles(state, site)
-            state.agreement = Agreement(f"settings.{state.index}", self._plan_settings(plan), site.process_set)
+            parameters = reduced_parameters(site.optimizer)
+            tensors = [said_of(name, parameters[name], repr(of[0][1].codec)) for name, of in plan.items()]
+            # Ranks may have made other optimizers before, so no count of them tells which one this is.
+            state.agreement = Agreement(min(parameters), self._settings(tensors), tensors, site.process_set)
         return state
 
     def _make_bundles(self, state: OptimizerState, site: CallSite) -> dict[str, list[tuple[Slice, Bundle]]]:
@@ -419,8 +456,12 @@ class Compressor(CompressorBase):
         """
         self._single.clear()
         self._reasons.clear()
+        # Ranks that have come know nothing of what was measured and decided.
+        self._advisor = Advisor()
+        self._decisions.clear()
         for state in self._optimizers.values():
-            state.bundles = None
+            state.bundles = state.decision = None
+            state.rehearsal = Rehearsal()
 
     def _settled(self, state: OptimizerState) -> None:
         """Gradients come back: by now all ranks have said what their settings are."""
@@ -432,18 +473,17 @@ class Compressor(CompressorBase):
         """Bundles of all gradients that this optimizer will hand in, last layers first."""
         self.policy.check_names([plain_name(name) for name in optimizer._parameter_names.values()])
         by_kind: dict[tuple[torch.device, Codec], list[tuple[str, int]]] = {}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state, ranks = self._optimizers[optimizer], process_set.size()
-        for parameter in reversed(parameters):
-            name = optimizer._parameter_names.get(parameter)
-            if name is None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter not in optimizer._parameter_names:
                 raise UnsupportedError(
                     f"A parameter of shape {tuple(parameter.shape)} was added to the optimizer after "
                     f"hvd.DistributedOptimizer was made, and Horovod does not reduce its gradients: it would become "
                     f"another one on each rank. Call add_param_group() before, or make the DistributedOptimizer anew."
                 )
-            if parameter not in optimizer._requires_update:
-                continue
+        parameters = reduced_parameters(optimizer)
+        state, ranks = self._optimizers[optimizer], process_set.size()
+        for name in backward_order(parameters):
+            parameter = parameters[name]
             described = tensor_of(name, parameter, state.keys[name])
             if not self._bypass_reason(described, parameter.dtype, ranks):
                 kind = (parameter.device, self._codec(described))
@@ -455,18 +495,35 @@ class Compressor(CompressorBase):
 
     def _bundles(self, site: CallSite, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:
         """Bundles of one tensor that travels by itself."""
-        codec, key = self._codec(self._described(site, tensor)), self._single_key(site, tensor)
+        codec = self._codec(self._described(site, tensor))
+        key = single_key(site.name, site.process_set, tensor)
         if key not in self._single:
             plan: dict[str, list[tuple[Slice, Bundle]]] = {}
             exchange = self._decisions[key].exchange if key in self._decisions else self.exchange
-            self._add_bundles(plan, [(site.name, tensor.numel())], codec, tensor.device, site.process_set, exchange)
-            # Everybody is in the same call here, so the answer can be awaited at once.
-            Agreement(f"settings.{site.name}", self._plan_settings(plan), site.process_set).check()
+            # Horovod keeps names of groups apart from others, too.
+            prefix = "group." if site.grouped else ""
+            lengths = [(site.name, tensor.numel())]
+            self._add_bundles(plan, lengths, codec, tensor.device, site.process_set, exchange, prefix)
+            self._single = of_living_sets(self._single)
             self._single[key] = plan[site.name]
         return self._single[key]
 
-    def _plan_settings(self, plan: dict[str, list[tuple[Slice, Bundle]]]) -> dict[str, Any]:
-        return self._settings((name, repr(bundles[0][1].codec)) for name, bundles in plan.items())
+    def _ask_others(self, site: CallSite, call: Call) -> None:
+        """Return when all ranks are known to mean the same by a call, unless this one compresses nothing of it."""
+        tensors, leaves_all = [], True
+        for index, tensor in enumerate(call.tensors):
+            name = call.name_of(index)
+            described = self._named(name, site.process_set, tensor)
+            decision = self._decisions.get(single_key(name, site.process_set, tensor))
+            what = f"is left to Horovod: {self._bypass_reason(described, tensor.dtype, site.ranks)}"
+            if decision is not None and decision.exchange == UNCOMPRESSED:
+                what = "is not compressed: auto"
+            elif not self._bypass_reason(described, tensor.dtype, site.ranks):
+                what = f"{self._codec(described)} {decision.exchange if decision is not None else self.exchange}"
+                leaves_all = False
+            tensors.append(said_of(name, tensor, what))
+        if not leaves_all:
+            preflight(call, site.process_set, self._settings(tensors), tensors)
 
     def _add_bundles(
         self,
@@ -476,10 +533,10 @@ class Compressor(CompressorBase):
         device: torch.device,
         process_set: Any,
         exchange: str,
+        prefix: str = "",
     ) -> None:
         self._use_threads(hvd.local_size(), torch.get_num_threads())
         for slices in plan_bundles(lengths, codec.granularity, self.fusion_elements):
-            prefix = f"set{process_set.process_set_id}."
             bundle = Bundle(slices, codec, exchange, device, process_set, prefix, self.progress_thread)
             for part in slices:
                 plan.setdefault(part.name, []).append((part, bundle))
@@ -494,8 +551,7 @@ class Compressor(CompressorBase):
         case = (described, dtype, ranks)
         reason = self._reasons.get(case)
         if reason is None:
-            name = str(dtype).removeprefix("torch.")
-            reason = self._reason_to_bypass(described, name, dtype.is_floating_point, ranks)
+            reason = self._reason_to_bypass(described, name_of(dtype), dtype.is_floating_point, ranks)
             self._reasons[case] = reason
         return reason
 
@@ -505,11 +561,12 @@ class Compressor(CompressorBase):
         """What was decided for a tensor; None in an optimizer's first steps."""
         if state is not None:
             return state.decision
-        key = self._single_key(site, tensor)
+        key = single_key(site.name, site.process_set, tensor)
         if key not in self._decisions:
             # Everybody is in the same call here, and can measure at once.
             codec = self._codec(self._described(site, tensor))
             decision = self._advise(codec, site.process_set, tensor.device, tensor.numel())
+            self._decisions = of_living_sets(self._decisions)
             self._decisions[key] = decision
             self._stats.decisions[site.name] = str(decision)
         return self._decisions[key]
@@ -538,10 +595,6 @@ class Compressor(CompressorBase):
         collectives = HorovodCollectives(process_set)
         return self._advisor.decide(kernels_on(codec, device), collectives, empty_on(device), group, elements, *plan)
 
-    @staticmethod
-    def _single_key(site: CallSite, tensor: torch.Tensor) -> tuple[Any, ...]:
-        return (site.name, tuple(tensor.shape), tensor.device, site.process_set.process_set_id)
-
     def _bypass(self, key: str, tensor: torch.Tensor, site: CallSite, reason: str) -> tuple[torch.Tensor, Any]:
         self._record_bypassed(key, tensor.numel(), tensor.element_size(), site.ranks, reason)
         sent = reducible(tensor)
@@ -560,6 +613,33 @@ def tensor_of(name: str, tensor: torch.Tensor, key: str) -> Tensor:
 def group_of(process_set: Any) -> str:
     """The ranks of a process set as :meth:`TensorMemory.claim` takes them."""
     return group_text(None if process_set.process_set_id == 0 else process_set.ranks)
+
+
+def said_of(name: str, tensor: torch.Tensor, what: str) -> str:
+    """What all ranks must say of a tensor, to be told where they do not."""
+    return f"{name} {tuple(tensor.shape)} {name_of(tensor.dtype)} on {tensor.device.type}: {what}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def reduced_parameters(optimizer: Any) -> dict[str, torch.Tensor]:
+    """The parameters whose gradients Horovod reduces, by name."""
+    return {name: p for p, name in optimizer._parameter_names.items() if p in optimizer._requires_update}
+
+
+def single_key(name: str, process_set: Any, tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Of what is kept of a tensor of ``hvd.allreduce``.
+
+    The set itself, not its id: Horovod gives the id of one that was removed to the next.
+    """
+    return (process_set, name, tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+def of_living_sets(kept: dict[tuple[Any, ...], V]) -> dict[tuple[Any, ...], V]:
+    """What is kept under a :func:`single_key`, without that of process sets that were removed."""
+    return {key: value for key, value in kept.items() if key[0].process_set_id is not None}
 
 
 def planned(plan: dict[str, list[tuple[Slice, Bundle]]], name: str, tensor: torch.Tensor) -> list[tuple[Slice, Bundle]]:

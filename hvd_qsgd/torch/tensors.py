@@ -28,7 +28,7 @@ def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
     with writable(mean):
         if carrier.device.type != "cpu":
             # Looking whether it is 1 would make the host wait for the device.
-            return mean.mul_(carrier.to(torch.float32))
+            return mean.mul_(carrier.view(()).to(torch.float32))
         factor = float(carrier)
         return mean if factor == 1.0 else mean.mul_(factor)
 
@@ -78,11 +78,15 @@ def room_for_mean(site: CallSite, tensor: torch.Tensor, source: Any) -> tuple[An
     return (np.empty_like(source) if on_cpu else torch.empty_like(source)), False
 
 
+#: Of carriers, unlike that of any tensor: Horovod must not take one for what another rank leaves to it.
+CARRIER_SHAPE = (1, 1, 1, 1, 1, 1)
+
+
 def carrier_for(site: CallSite, tensor: torch.Tensor) -> torch.Tensor:
     """What Horovod reduces in place of a tensor: 1.0."""
     if site.grouped:
         # Horovod wants the tensors of a group on one device and of one type.
         dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
-        return torch.ones(1, dtype=dtype, device=tensor.device)
+        return torch.ones(CARRIER_SHAPE, dtype=dtype, device=tensor.device)
     # On the CPU, so that reading it does not wait for a device; float64 makes 1/n * n exact in float32.
-    return torch.ones(1, dtype=torch.float64, device="cpu")
+    return torch.ones(CARRIER_SHAPE, dtype=torch.float64, device="cpu")

@@ -13,6 +13,7 @@ from expectations import REFERENCES, SHAPE, assert_equal, assert_within_a_level,
 from rank_checks import assert_same_on_all_ranks, by_ranks, dyadic, gather, normal
 
 from hvd_qsgd import QSGD, Cast, Identity, TopK
+from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
 from hvd_qsgd.torch.tensors import carrier_for
 
@@ -134,6 +135,13 @@ def test_what_has_no_name() -> None:
     pair = [x, x.t()]
     for tensor, result in zip(pair, hvd.grouped_allreduce(pair, compression=compressor), strict=True):
         assert_within_a_level(QSGD(), result, gather(tensor))
+
+
+def test_error_feedback_without_a_name() -> None:
+    with pytest.raises(UnsupportedError, match="without a name"):
+        hvd.allreduce(dyadic(SHAPE), compression=TopKCompressor)
+    with pytest.raises(UnsupportedError, match="without a name"):
+        hvd.grouped_allreduce([dyadic(SHAPE)], compression=TopKCompressor)
 
 
 @pytest.mark.parametrize("exchange", REFERENCES)

@@ -114,6 +114,48 @@ def test_step_applies_the_reduced_gradient() -> None:
         assert_equal(parameter, untouched[name] - LR * parameter.grad)
 
 
+def test_optimizers_of_layers_each_with_a_compressor_of_its_own() -> None:
+    layers = [make_parameters({f"{i}.weight": (40, 50), f"{i}.bias": (50,)}) for i in range(3)]
+    optimizers = [make_optimizer(parameters, QSGDCompressor(exchange="allgather")) for parameters in layers]
+    for step in range(2):
+        raw = [make_gradients(parameters, step) for parameters in layers]
+        for optimizer, parameters, gradients in zip(optimizers, layers, raw):
+            optimizer.zero_grad()
+            backward(parameters, gradients)
+        # Whoever is last in the backward pass may step first, and ranks need not do the same.
+        for i in [2, 0, 1] if hvd.rank() == 0 else [0, 1, 2]:
+            optimizers[i].step()
+        for parameters, gradients in zip(layers, raw):
+            check_gradients(parameters, gradients, QSGD(), step)
+
+
+@pytest.mark.parametrize("exchange", QSGD.exchanges)
+def test_ranks_may_list_their_parameters_in_any_order(exchange: str) -> None:
+    """As where a model's parameters are sorted into groups by way of a set."""
+    parameters = make_parameters({f"{i}.weight": (20 + i, 60) for i in range(12)})
+    own = dict(list(parameters.items())[:: 1 if hvd.rank() == 0 else -1])
+    compressor = QSGDCompressor(8, exchange=exchange, fusion_elements=3000, min_elements=1300)
+    optimizer = make_optimizer(own, compressor)
+    for step in range(2):
+        raw = make_gradients(parameters, step)
+        reduce_gradients(optimizer, own, {name: raw[name] for name in own})
+        for name, parameter in parameters.items():
+            assert_within_a_level(QSGD(8), parameter.grad, gather(raw[name]), roundings=2)
+        assert_same_on_all_ranks([parameter.grad for parameter in parameters.values()])
+        apply_gradients(optimizer)
+
+
+def test_a_rank_may_have_frozen_layers_that_others_lack() -> None:
+    parameters = make_parameters({"head": (40, 50)})
+    if hvd.rank() == 0:
+        parameters = {"backbone": torch.nn.Parameter(torch.ones(60, 70), requires_grad=False), **parameters}
+    optimizer = make_optimizer(parameters, QSGDCompressor(exchange="allgather"))
+    head = {"head": parameters["head"]}
+    raw = make_gradients(head)
+    reduce_gradients(optimizer, head, raw)
+    check_gradients(head, raw, QSGD(), 0)
+
+
 LISTS = [["conv.weight", "conv.bias", "tiny"], ["head.bias", "head.weight"]]
 
 
