@@ -60,6 +60,14 @@ def test_plain_mpirun() -> None:
     check(launch_pytest(["test_rank_checks.py", "test_fusion_and_stats.py"], 2, "mpirun"), 2)
 
 
+def test_settings_of_horovod_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its autotuning changes when and with what collectives are fused, in the middle of a run."""
+    tuned = {"AUTOTUNE": "1", "FUSION_THRESHOLD": "4096", "CYCLE_TIME": "3", "CACHE_CAPACITY": "2"}
+    for name, value in tuned.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", value)
+    check(launch_pytest(["test_odd_programs.py", "test_rank_checks.py"], 2), 2)
+
+
 @pytest.mark.parametrize("launcher", ["mpi", "gloo"])
 def test_a_rank_that_fails_ends_the_job(launcher: str) -> None:
     outcome = launch_pytest(["one_rank_fails.py"], 2, launcher)

@@ -21,7 +21,7 @@ from hvd_qsgd.kernels.torch.untraced import untraced
 from hvd_qsgd.policies import WarmUp
 from hvd_qsgd.torch.callsite import CallSite
 from hvd_qsgd.torch.compressor import Compressor
-from hvd_qsgd.torch.tensors import array_of
+from hvd_qsgd.torch.tensors import array_of, put_back
 
 
 @dataclass
@@ -92,7 +92,7 @@ class DGCCompressor(Compressor):
         store.put(context.key, array_of(torch.where(finite, velocity, before)))
         self._applied(context.site, context.key)
         step = torch.where(finite, flat + momentum * velocity if self.correction.nesterov else velocity, flat)
-        return mean.copy_(step.view(mean.shape))
+        return put_back(context.site, mean, step)
 
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
         return array_of(self._decayed(site, tensor))

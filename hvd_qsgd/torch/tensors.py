@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,17 @@ def array_of(tensor: torch.Tensor) -> Any:
 
 def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
     """The mean, multiplied in place by the reduced carrier."""
-    if carrier.device.type != "cpu":
-        # Looking whether it is 1 would make the host wait for the device.
-        return mean.mul_(carrier.view(()).to(torch.float32))
-    factor = float(carrier)
-    return mean if factor == 1.0 else mean.mul_(factor)
+    with writable(mean):
+        if carrier.device.type != "cpu":
+            # Looking whether it is 1 would make the host wait for the device.
+            return mean.mul_(carrier.view(()).to(torch.float32))
+        factor = float(carrier)
+        return mean if factor == 1.0 else mean.mul_(factor)
+
+
+def writable(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Where a tensor of the caller's, perhaps made in ``torch.inference_mode()``, may be written to."""
+    return torch.inference_mode(tensor.is_inference())
 
 
 def put_back(site: CallSite, tensor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -38,7 +45,8 @@ def put_back(site: CallSite, tensor: torch.Tensor, result: torch.Tensor) -> torc
     """
     if site.optimizer is None or overlaps_itself(tensor):
         return result.to(tensor.dtype).view(tensor.shape)
-    tensor.detach().copy_(result.view(tensor.shape))
+    with writable(tensor):
+        tensor.detach().copy_(result.view(tensor.shape))
     return tensor
 
 

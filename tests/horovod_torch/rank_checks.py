@@ -118,7 +118,7 @@ def check_resumes(make: Callable[[], Any], shapes: Mapping[str, tuple[int, ...]]
         weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
         compressor = make()
         if saved is not None:
-            compressor.load_state_dict(torch.load(io.BytesIO(saved)))
+            compressor.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
         train(make_optimizer(weights, compressor), weights, seeds)
         assert_same_on_all_ranks(weights.values())
         if check is not None:
