@@ -83,14 +83,17 @@ class HorovodCollectives(OfProcessSet):
 
     def start(self, request: Request) -> Finished:
         phase = phase_of(request)
-        # TensorFlow gives operations their names in graphs only.
-        function = self._functions.get((phase, request.name))
-        if function is None:
-
-            def collective(*inputs: tf.Tensor) -> list[tf.Tensor]:
-                return emit(phase, request.name, inputs, self.process_set)
-
-            function = self._functions[phase, request.name] = tf.function(collective, autograph=False)
         with tf.init_scope(), tf.device("/cpu:0"):
+            # TensorFlow gives operations their names in graphs only.
+            function = self._functions.get((phase, request.name))
+            if function is None:
+
+                def collective(*inputs: tf.Tensor) -> list[tf.Tensor]:
+                    return emit(phase, request.name, inputs, self.process_set)
+
+                # One trace is all that there is, and TensorFlow must not count it with those of other collectives.
+                function = self._functions[phase, request.name] = tf.function(
+                    collective, autograph=False
+                ).get_concrete_function(*(tf.TensorSpec([None], dtype) for dtype in INPUTS[phase]))
             inputs = [tf.constant(np.asarray(array), dtype) for array, dtype in zip(inputs_of(request), INPUTS[phase])]
             return Finished(outcome_of(phase, [output.numpy() for output in function(*inputs)]))

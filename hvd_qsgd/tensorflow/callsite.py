@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -17,9 +18,11 @@ from typing import Any
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
+from horovod.tensorflow.mpi_ops import _normalize_name
 from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
 
 from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.tensorflow.preflight import Meeting
 
 #: Frames to look through: tf.cond and autograph put some forty between Horovod's functions.
 DEPTH = 200
@@ -36,11 +39,12 @@ class CallSite:
         process_set: whose ranks take part.
         tensors: what will be handed in together, this tensor among them.
         handed: the objects that stand for them: the tensors themselves, or variables or arrays.
-        names: of each; None where ``hvd.allreduce`` was called without a name.
+        names: by which all ranks know them; None where ``hvd.allreduce`` was called without a name.
         variables: whose gradients the tensors are, or None.
         graph: where all tensors are at hand; None where nothing is traced.
         grouped: whether the result goes into a grouped allreduce, whose tensors share a type.
         marker: an object that is the same for all tensors of this call and for no other call.
+        meeting: where the ranks that make this call compare what they mean.
     """
 
     process_set: Any
@@ -51,6 +55,7 @@ class CallSite:
     graph: Any
     grouped: bool
     marker: Any
+    meeting: Meeting
 
 
 def find_call_site(tensor: tf.Tensor) -> CallSite:
@@ -94,16 +99,19 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
         if grouped:
             # Autograph moves the body of a loop, and what is assigned there, into a function.
             groups = (frame.f_locals.get("index_group") for _, frame in stack)
-            variables = [gradients["vars"][i] for i in next(group for group in groups if isinstance(group, list))]
+            places = next(group for group in groups if isinstance(group, list))
         elif _elastic():
-            variables = [next(v for grad, v in zip(gradients["grads"], gradients["vars"]) if grad is tensor)]
+            places = [next(i for i, grad in enumerate(gradients["grads"]) if grad is tensor)]
         else:
             # Each gradient is handed in inside of a tf.cond of its own; together they are at hand outside of it.
             marker = gradients["grads"]
-            members, variables = list(marker), list(gradients["vars"])
+            members, places = list(marker), list(range(len(marker)))
             graph = graph and graph.outer_graph
-        names = [variable.name.partition(":")[0] for variable in variables]
-    dense = [i for i, member in enumerate(members) if member is not None and not isinstance(member, tf.IndexedSlices)]
+        variables = [gradients["vars"][i] for i in places]
+        numbered = _numbered(gradients["grads"], gradients["vars"])
+        names = [numbered.get(i) for i in places]
+    meeting = _meeting(caller, tensor) if marker is tensor else Meeting()
+    dense = [i for i, member in enumerate(members) if _is_dense(member)]
     return CallSite(
         process_set=caller["process_set"],
         tensors=[tf.convert_to_tensor(members[i]) for i in dense],
@@ -113,7 +121,40 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
         graph=graph,
         grouped=grouped,
         marker=marker,
+        meeting=meeting,
     )
+
+
+def _meeting(caller: dict[str, Any], tensor: Any) -> Meeting:
+    """Of a tensor that is handed in alone: as Horovod names its own operation, which has no name outside of graphs."""
+    name = caller["name"] or "HorovodAllreduce"
+    if caller["name"] is None and not tf.executing_eagerly():
+        name = f"HorovodAllreduce_{_normalize_name(tf.convert_to_tensor(tensor).name)}"
+    return Meeting(name, caller["ignore_name_scope"])
+
+
+def _numbered(gradients: Sequence[Any], variables: Sequence[Any]) -> dict[int, str]:
+    """Names of the variables that have dense gradients, numbered where some of this call have the same name.
+
+    Ranks may have seen other variables of that name before.
+    """
+    seen: Counter[str] = Counter()
+    numbered = {}
+    for place, (gradient, variable) in enumerate(zip(gradients, variables)):
+        if _is_dense(gradient):
+            name = name_of(variable)
+            numbered[place] = f"{name}.{seen[name]}" if seen[name] else name
+            seen[name] += 1
+    return numbered
+
+
+def name_of(variable: Any) -> str:
+    """The name that the user gave, or a layer."""
+    return str(variable.name.partition(":")[0])
+
+
+def _is_dense(gradient: Any) -> bool:
+    return gradient is not None and not isinstance(gradient, tf.IndexedSlices)
 
 
 def _horovod_frames() -> Iterator[tuple[str, FrameType]]:

@@ -17,6 +17,8 @@ from hvd_qsgd.tensorflow import CastCompressor, Compressor, QSGDCompressor, TopK
 from hvd_qsgd.tensorflow.versions import check_versions
 
 SHAPE = (40, 50)
+#: What is raised while a graph runs has a type of TensorFlow's.
+FAILED = (ExchangeError, tf.errors.OpError)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -97,9 +99,9 @@ def test_settings_that_differ_between_ranks(compressor: Compressor, mode: Callab
     variables = [tf.Variable(tf.zeros(SHAPE), name="w"), tf.Variable(tf.zeros((100, 40)), name="v")]
     raw = [tf.constant(normal(v.shape)) for v in variables]
     for _ in range(2):
-        with pytest.raises(ExchangeError, match="All ranks must run the same model with the same compressor settings"):
+        with pytest.raises(FAILED, match="All ranks must run the same model with the same compressor settings"):
             mode(gradients_of(variables, compressor))(*raw)
-    with pytest.raises(ExchangeError, match="All ranks must run the same model"):
+    with pytest.raises(FAILED, match="All ranks must run the same model"):
         mode(lambda x: hvd.allreduce(x, name="x", compression=compressor))(raw[1])
 
 
@@ -121,7 +123,7 @@ def test_ranks_have_changed_since_tracing(mode: Callable[..., Any], monkeypatch:
     reduce = mode(lambda x: hvd.allreduce(x, name="x", compression=compressor))
     reduce(tf.constant(normal(SHAPE)))
     monkeypatch.setattr(HorovodCollectives, "ranks", property(lambda self: 99))
-    with pytest.raises(tf.errors.OpError, match="There are 99 ranks, and this graph was traced for"):
+    with pytest.raises(FAILED, match="There are 99 ranks, and this graph was traced for"):
         reduce(tf.constant(normal(SHAPE)))
 
 
