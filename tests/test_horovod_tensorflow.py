@@ -10,7 +10,7 @@ from launch import check, compile_kernels, launch, launch_pytest
 FOLDER = "horovod_tensorflow"
 CORE = ["test_rank_checks.py", "test_allreduce.py", "test_tape.py", "test_feedback.py", "test_family.py"]
 #: For four ranks on few cores.
-SOME = "test_gradients or test_settings_of_the_tape or test_two_models or test_two_halves"
+SOME = "test_gradients or test_settings_of_the_tape or test_two_models or test_two_halves or test_an_id"
 WORKER = str(Path(__file__).with_name("mixed_frameworks.py"))
 
 pytestmark = pytest.mark.slow
@@ -27,6 +27,7 @@ def _compiled() -> None:
     [
         (2, "mpi", [*CORE, "test_refusals.py"]),
         (2, "gloo", ["test_devices.py", "test_monitor.py"]),
+        (2, "mpi", ["test_like_none.py"]),
         (4, "gloo", ["test_tape.py", "test_devices.py", "-k", "test_gradients and traced or different_devices"]),
         (4, "mpi", ["test_tape.py", "test_process_sets.py", "-k", SOME]),
     ],

@@ -39,7 +39,7 @@ from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
 from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site, in_loop, name_of
-from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan
+from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan, after
 from hvd_qsgd.tensorflow.preflight import Preflight
 
 
@@ -159,10 +159,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         ticket = self._ticket(site, tensor)
         tensor = ticket.tensor
         if ticket.plan.entries[ticket.index].bypass:
-            if not tf.executing_eagerly():
-                # After the ranks have met: where one of them finds that they differ, all wait for what it has begun.
-                with tf.control_dependencies([tf.identity(ticket.departure.token)]):
-                    tensor = tf.identity(tensor)
+            if site.meeting.name is None and not tf.executing_eagerly():
+                # Where a rank finds that they differ, all wait for what it has begun.
+                tensor = after(ticket.departure.token, tensor)
             # Horovod cannot reduce bfloat16.
             return (tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor), Unchanged(tensor.dtype)
         dtype = tf.float64

@@ -158,6 +158,16 @@ def independent(output: tf.Tensor) -> tf.Tensor:
     return output
 
 
+def after(token: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
+    """``tensor``, from when there is a token on.
+
+    It does not follow from constants, not even if ``tensor`` does (see :meth:`Plan.depart`).
+    """
+    later = tf.reshape(tensor, tf.maximum(tf.shape(tensor), tf.cast(tf.minimum(token, 0), tf.int32)))
+    later.set_shape(tensor.shape)
+    return later
+
+
 class Plan:
     """The exchange of some tensors, whenever its operations run.
 
