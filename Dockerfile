@@ -33,7 +33,7 @@ ENV PIP_CONSTRAINT=/build/requirements/development.txt PIP_NO_CACHE_DIR=1 PIP_DI
 RUN python3 -m venv /opt/hvd-qsgd \
     && pip install mpi4py numpy torch
 # These two files alone, so that a change elsewhere does not compile Horovod again.
-COPY hvd_qsgd/errors.py hvd_qsgd/install_horovod.py hvd_qsgd/
+COPY hvd_qsgd/errors.py hvd_qsgd/commands/install_horovod.py hvd_qsgd/
 RUN python -c "from hvd_qsgd import install_horovod; install_horovod.install()" \
     && rm -rf /root/.cache
 COPY LICENSE MANIFEST.in README.md pyproject.toml setup.cfg ./

@@ -23,12 +23,12 @@ from hvd_qsgd import (
     ThresholdTopK,
     TopK,
 )
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.collectives.simulated import simulate
 from hvd_qsgd.exchanges import BY_RANKS, Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.feedback import EF21, ErrorFeedback, Feedback, LoCo, MomentumCorrection
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.policies import Accordion, Fixed, LGreCo, Policy, Tensor, WarmUp
-from hvd_qsgd.random_words import stream_of
 
 EF, NO = ErrorFeedback(), None
 #: A codec or a policy, and a kind of feedback if any. MomentumCorrection gets the momentum of the task.

@@ -21,7 +21,7 @@ from exchange import bits_per_second, result_of
 from rich.console import Console
 from rich.table import Table
 
-from hvd_qsgd import estimate
+from hvd_qsgd.commands import estimate
 
 HERE = Path(__file__).resolve().parent
 #: Of ``exchange_worker.py``, and what the estimate calls them.

@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --quick     # a smoke test, under a minute
 
 On emulated hosts (see ``emulated_cluster.py``) every launch measures the few numbers that ``exchange="auto"`` measures
-(``hvd_qsgd.cost``), and then times the exchanges of QSGD, 4 bits, themselves. The model knows nothing of these times:
+(``hvd_qsgd.tuning.cost``), and then times the exchanges of QSGD, 4 bits. The model knows nothing of these times:
 the table compares them with its predictions, made from the numbers of the same launch and, for more than two
 hosts, also from those of two hosts. The plot extends the model to more ranks and other bandwidths.
 Writes a table, a JSON file and a plot.
@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hvd_qsgd import QSGD
-from hvd_qsgd.cost import COLLECTIVES, UNCOMPRESSED, Costs
-from hvd_qsgd.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.reduction.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.tuning.cost import COLLECTIVES, UNCOMPRESSED, Costs
 
 HERE = Path(__file__).resolve().parent
 METHODS = (UNCOMPRESSED, *QSGD.exchanges)

@@ -14,10 +14,10 @@ import torch
 
 from hvd_qsgd import QSGD
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.cost import UNCOMPRESSED, measure_costs
-from hvd_qsgd.engine import run_exchange
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.reduction.progress import run_exchange
 from hvd_qsgd.torch import QSGDCompressor
+from hvd_qsgd.tuning.cost import UNCOMPRESSED, measure_costs
 
 
 def seconds(exchange: str, elements: int, repeats: int) -> float:

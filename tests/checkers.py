@@ -21,11 +21,11 @@ from hypothesis.extra import numpy as hnp
 from hvd_qsgd import QSGD, Codec, codec_from_config
 from hvd_qsgd.codecs import CODECS
 from hvd_qsgd.codecs.base import MODES, Kernels
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.collectives.simulated import simulate
 from hvd_qsgd.exchanges import Job, Piece, start_exchange
 from hvd_qsgd.exchanges.base import Steps, ToHost
 from hvd_qsgd.kernels import kernels_for
-from hvd_qsgd.random_words import stream_of
 
 # Tests must not depend on the speed of the machine, and the same commit must give the same verdict.
 settings.register_profile(

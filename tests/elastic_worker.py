@@ -37,7 +37,7 @@ def main(directory: str) -> None:
 
     def residual() -> torch.Tensor:
         arrays = compressor.state_dict()["arrays"]
-        return arrays.get("residual/0/weight", torch.zeros(64 * 40))
+        return arrays.get("residual/weight", torch.zeros(64 * 40))
 
     def mean_residual() -> list[float]:
         return hvd.allreduce(residual(), name="residual")[:5].tolist()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd import Codec
-from hvd_qsgd.random_words import key_of, stream_of
+from hvd_qsgd.codecs.random_words import key_of, stream_of
 
 #: Not a multiple of any bucket size: 10 buckets of 512 and a tail, an odd number of elements.
 SHAPE = (71, 73)

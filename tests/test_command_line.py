@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from typer.testing import CliRunner
 
 from hvd_qsgd import QSGD, ConfigError, HvdQsgdError, SetupError, doctor, estimate
 from hvd_qsgd.cli import app
-from hvd_qsgd.inspecting import inspect_file
+from hvd_qsgd.commands.inspect_files import inspect_file
 from hvd_qsgd.kernels.triton import probe
 from hvd_qsgd.observe import JsonLines, Record
-from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.observe.stats import Stats, TensorStats
 
 SPEEDS = dict.fromkeys(estimate.CODECS, (0.7e-9, 0.4e-9, 1.5e-9))
 
@@ -189,6 +190,65 @@ def test_estimates_of_a_model_by_its_name(tmp_path: Path, monkeypatch: pytest.Mo
             estimate.count_parameters(wrong)
 
 
+WRONG_MODELS = """
+import sys
+import torch
+
+lazy = lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LazyLinear(5))
+frozen = torch.nn.Linear(3, 4).requires_grad_(False)
+relu = torch.nn.ReLU
+number = lambda: 3
+leaves = lambda: sys.exit("no data")
+needs = lambda size: size
+
+def fails():
+    raise RuntimeError("first line\\nthe cause\\n")
+
+class Odd:
+    @property
+    def parameters(self):
+        raise RuntimeError("odd")
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+class Broken(torch.nn.Module):
+    def parameters(self, recurse=True):
+        raise KeyError("weights")
+
+odd, broken, silly = Odd(), Broken(), lambda: (_ for _ in ()).throw(AssertionError)
+"""
+
+
+def test_what_is_wrong_with_a_model_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wrong_models.py").write_text(WRONG_MODELS)
+    (tmp_path / "wrong_syntax.py").write_text("import torch\nmodel = (\n")
+    (tmp_path / "wrong_exit.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, why in {
+        "wrong_models:lazy": "have no shape before the first batch",
+        "wrong_models:frozen": "has no parameters to train",
+        "wrong_models:relu": "has no parameters to train",
+        "wrong_models:number": "is of the type int, and neither",
+        "wrong_models:leaves": "SystemExit: no data",
+        "wrong_models:needs": "TypeError: .*missing 1 required positional argument",
+        "wrong_models:fails": "RuntimeError: the cause$",
+        "wrong_models:odd": "RuntimeError: odd",
+        "wrong_models:broken": "KeyError: 'weights'",
+        "wrong_models:silly": "cannot be imported or made: AssertionError$",
+        "wrong_models:": "must be package.module:name",
+        "wrong_models:lazy.nothing": "AttributeError",
+        ".:x": "cannot be imported or made",
+        "wrong_syntax:model": "SyntaxError",
+        "wrong_exit:model": "SystemExit: 3",
+    }.items():
+        with pytest.raises(ConfigError, match=why) as told:
+            estimate.count_parameters(name)
+        assert "\n" not in str(told.value) and "--model" in str(told.value)
+    arguments = ("estimate", "--model", "wrong_models:lazy", "-n", "2", "-b", "1")
+    assert "first batch" in hvd_qsgd(*arguments, status=1, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+
+
 # -- between ranks ------------------------------------------------------------------------------------
 
 
@@ -265,6 +325,13 @@ def test_inspect_says_what_is_wrong(tmp_path: Path) -> None:
         ([payload, "--config", '{"codec": "qsgd"}', "--elements", "7"], "bytes, but"),
         ([payload, "--config", '{"codec": "none"}', "--elements", "7"], "Unknown codec"),
         ([payload, "--config", "{", "--elements", "7"], "no JSON"),
+        ([payload, "--config", '{"a": ' * 10**5, "--elements", "7"], "no JSON"),
+        ([payload, "--config", payload, "--elements", "7"], "no JSON"),
+        ([payload, "--config", '{"config": 3}', "--elements", "7"], "must be an object"),
+        ([payload, "--config", '{"codec": "qsgd", "bits": {}}', "--elements", "7"], "bits={}"),
+        ([payload, "--config", '{"codec": "rows", "inner": [], "length": 3}', "--elements", "7"], "must be a codec"),
+        ([payload, "--config", '{"codec": "identity"}', "--elements", "9" * 15], "than memory can hold"),
+        ([payload, "--config", '{"codec": "identity"}', "--elements", "9" * 30], "than memory can hold"),
         ([payload], "For a payload give --config"),
         ([str(junk)], "cannot read"),
         (["nowhere.pt"], "There is no file"),

@@ -12,9 +12,9 @@ from test_exchanges import EACH_PAIR
 
 from hvd_qsgd import QSGD, Codec, EliasQSGD, Identity, ThresholdTopK, TopK
 from hvd_qsgd.collectives.simulated import simulate
-from hvd_qsgd.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_costs
 from hvd_qsgd.exchanges import EXCHANGES
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.tuning.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_costs
 
 MILLIONS = 25_000_000
 
@@ -91,8 +91,8 @@ def test_exchanges_win_where_they_should() -> None:
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("codec", [QSGD(), TopK()], ids=str)
 def test_all_ranks_agree_on_what_they_measure(ranks: int, backend: str, codec: Codec, monkeypatch: Any) -> None:
-    monkeypatch.setattr("hvd_qsgd.cost.PROBE_BYTES", 1 << 12)
-    monkeypatch.setattr("hvd_qsgd.cost.PROBE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("hvd_qsgd.tuning.cost.PROBE_BYTES", 1 << 12)
+    monkeypatch.setattr("hvd_qsgd.tuning.cost.PROBE_ELEMENTS", 1 << 10)
     found: list[Costs] = []
 
     def rank() -> Generator[Any, Any, None]:

@@ -28,6 +28,8 @@ from hvd_qsgd import (
     ExchangeError,
     GlobalTopK,
     Identity,
+    IntSGD,
+    PowerSGD,
     RandomK,
     RowTopK,
     Scaled,
@@ -78,6 +80,22 @@ def own_decoded(codec: Codec, inputs: list[list[np.ndarray]], piece: int) -> lis
 
 def mean_of(arrays: list[np.ndarray]) -> np.ndarray:
     return np.mean([array.astype(np.float64) for array in arrays], axis=0)
+
+
+# -- ranks that differ ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("exchange", "codec"), [*PAIRS, ("powersgd", PowerSGD(2)), ("intsgd", IntSGD())], ids=str)
+@pytest.mark.parametrize("other", [{"shape": (40, 25)}, {"dtype": "float16"}], ids=str)
+def test_tensors_of_another_shape_or_type_are_refused(exchange: str, codec: Codec, other: dict[str, Any]) -> None:
+    for learned in ({}, {"square": 1.0}):
+        jobs = make_jobs(codec, make_inputs(2, (1000,)))
+        for job in jobs:
+            job.pieces[0].shape, job.pieces[0].memory = (25, 40), dict(learned)
+        for name, value in other.items():
+            setattr(jobs[1].pieces[0], name, value)
+        with pytest.raises(ExchangeError):
+            run_exchange(exchange, jobs)
 
 
 # -- the same bits --------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_qsgd import QSGD, Cast, Codec, ConfigError, Identity, TopK
+from hvd_qsgd.codecs.random_words import key_of
 from hvd_qsgd.feedback import EF21, ErrorFeedback, Feedback, LoCo, check_feedback
-from hvd_qsgd.random_words import key_of
 
 
 def residuals(codec: Codec, steps: int, length: int = 8192) -> list[float]:

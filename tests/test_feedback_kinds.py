@@ -10,6 +10,7 @@ import pytest
 from checkers import as_is, check_same_bits, gauss, run_exchange, run_torch_exchange, wrapper
 
 from hvd_qsgd import QSGD, Codec, ConfigError, ExchangeError, Scaled, ThresholdTopK, TopK, codec_from_config
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.exchanges import Job, Piece
 from hvd_qsgd.feedback import (
     EF21,
@@ -23,7 +24,6 @@ from hvd_qsgd.feedback import (
 )
 from hvd_qsgd.feedback.store import KEPT_AS, Store
 from hvd_qsgd.kernels import kernels_for
-from hvd_qsgd.random_words import stream_of
 
 RANKS = 4
 KINDS: list[Feedback] = [

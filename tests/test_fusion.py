@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_qsgd.fusion import Slice, plan_bundles
+from hvd_qsgd.reduction.fusion import Slice, plan_bundles
 
 LENGTHS = st.lists(st.integers(0, 500), max_size=12).map(lambda lengths: [(f"t{i}", n) for i, n in enumerate(lengths)])
 

@@ -10,7 +10,7 @@ import pytest
 from launch import ROOT, launch
 
 from hvd_qsgd import QSGD, Codec, EliasQSGD, RowTopK, ThresholdTopK, TopK
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.kernels import kernels_for
 
 torch = pytest.importorskip("torch")

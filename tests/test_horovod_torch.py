@@ -20,6 +20,7 @@ FAMILY = [
     "test_mixed_precision.py",
     "test_monitor.py",
     "test_policies.py",
+    "test_settings_of_torch.py",
     "test_state.py",
 ]
 FILES = sorted(path.name for path in INNER.glob("test_*.py") if path.name not in (*ALONE, *FAMILY))
@@ -57,6 +58,14 @@ def test_in_jobs_of_their_own(ranks: int, launcher: str) -> None:
 
 def test_plain_mpirun() -> None:
     check(launch_pytest(["test_rank_checks.py", "test_fusion_and_stats.py"], 2, "mpirun"), 2)
+
+
+def test_settings_of_horovod_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its autotuning changes when and with what collectives are fused, in the middle of a run."""
+    tuned = {"AUTOTUNE": "1", "FUSION_THRESHOLD": "4096", "CYCLE_TIME": "3", "CACHE_CAPACITY": "2"}
+    for name, value in tuned.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", value)
+    check(launch_pytest(["test_odd_programs.py", "test_rank_checks.py"], 2), 2)
 
 
 @pytest.mark.parametrize("launcher", ["mpi", "gloo"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from checkers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import ROOT
 
 from hvd_qsgd import (
     QSGD,
@@ -360,6 +363,41 @@ def test_a_requested_backend_that_is_missing_fails(backend: str) -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert f"ModuleNotFoundError: import of {backend} halted" in result.stderr
+
+
+def run_where_nothing_can_be_kept(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run Python over a copy of the package that takes no caches, of a user who has none, not even root."""
+    copy = directory / "hvd_qsgd"
+    shutil.copytree(ROOT / "hvd_qsgd", copy, ignore=shutil.ignore_patterns("__pycache__", "examples"))
+    for folder in [copy, *(path for path in copy.rglob("*") if path.is_dir())]:
+        (folder / "__pycache__").touch()
+    nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "PYTHONPATH": str(directory)}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    return subprocess.run(
+        [sys.executable, "-B", "-c", script],
+        cwd=directory,
+        env={**variables, **nowhere},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_kernels_work_where_nothing_can_be_kept_and_say_so_once(tmp_path: Path) -> None:
+    """As a package that belongs to root is used by somebody without a home."""
+    done = run_where_nothing_can_be_kept(
+        tmp_path,
+        "import numpy as np\nimport hvd_qsgd\nfrom hvd_qsgd.kernels import kernels_for\n"
+        "x = np.arange(99, dtype=np.float32)\n"
+        "for codec in (hvd_qsgd.Cast(), hvd_qsgd.Sign()):\n"
+        "    out = np.empty(codec.payload_size(99), np.uint8)\n"
+        "    size = kernels_for(codec, 'numba').encode_into(x, out)\n"
+        "    assert (out[:size] == codec.encode(x)).all()\n"
+        "print(hvd_qsgd.__file__)\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == tmp_path / "hvd_qsgd" / "__init__.py"
+    assert done.stderr.count("Compiled kernels cannot be kept") == 1 and "NUMBA_CACHE_DIR" in done.stderr
 
 
 # -- misuse -----------------------------------------------------------------------------------------

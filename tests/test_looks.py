@@ -10,13 +10,13 @@ import pytest
 from checkers import check_same_bits, flip_bit, gauss, guarded, hard_arrays, make_jobs, run_torch_exchange
 
 from hvd_qsgd import Codec, EliasQSGD, GlobalTopK, IntSGD, PayloadError, RowTopK, ThresholdTopK, TopK
-from hvd_qsgd.codecs.looks import Looks, at_once, together
+from hvd_qsgd.codecs.readback import Looks, at_once, together
 from hvd_qsgd.collectives.simulated import simulate
-from hvd_qsgd.engine import Engine
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import Job, Piece, start_exchange
 from hvd_qsgd.exchanges.base import AllGather, Steps, ToHost, read_heads
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.reduction.progress import Engine
 
 torch = pytest.importorskip("torch")
 

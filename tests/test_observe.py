@@ -19,7 +19,7 @@ import pytest
 from hvd_qsgd import ConfigError
 from hvd_qsgd.observe import JsonLines, LogLines, Prometheus, Record, TensorBoard, read_records
 from hvd_qsgd.observe.report import make_report
-from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.observe.stats import Stats, TensorStats
 
 NAME = '0/layer<1>&"x".weight'
 

@@ -209,6 +209,25 @@ def test_dtype_and_shape_come_back(dtype: torch.dtype, codec: Any) -> None:
 # -- two ends that differ ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_a_default_device_or_dtype_changes_nothing(feedback: str) -> None:
+    """The device "meta" stands for any that is not the CPU."""
+    inputs = [gauss(6, 50, seed=seed) for seed in range(3)]
+
+    def received() -> list[torch.Tensor]:
+        pair = ends(Direction(TopK(0.1), feedback))
+        samples = {"samples": np.arange(6)} if feedback == "aq-sgd" else {}
+        return [through(pair, x, **samples) for x in inputs]
+
+    expected = received()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.inference_mode():
+            assert all(map(torch.equal, received(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_memory_that_differs_is_found_out() -> None:
     pair = ends(Direction(QSGD(8), "ef21"))
     through(pair, gauss(2, 10))
@@ -354,6 +373,28 @@ def test_a_boundary_works_anywhere_in_a_model() -> None:
     reference = nn.Sequential(model[0], model[2], model[3])
     torch.testing.assert_close(model(x), reference(x), atol=0.1, rtol=0)
     assert not torch.equal(model(x), reference(x))
+
+
+@pytest.mark.parametrize("compiled", ["model", "step", "step and backward pass"])
+def test_a_boundary_in_what_is_compiled_computes_the_same(compiled: str) -> None:
+    def trained(compiled: str) -> torch.Tensor:
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        boundary = Boundary(Direction(QSGD(4)), Direction(QSGD(8)))
+        model = nn.Sequential(nn.Linear(5, 64), boundary, nn.ReLU(), nn.Linear(64, 1))
+
+        def step(x: torch.Tensor) -> None:
+            run(x).square().sum().backward()
+
+        run: Any = torch.compile(model, backend="aot_eager") if compiled == "model" else model
+        if compiled.startswith("step"):
+            step = torch.compile(step, backend="aot_eager")
+        with torch._dynamo.config.patch(compiled_autograd=compiled == "step and backward pass"):
+            for seed in range(3):
+                step(gauss(30, 5, seed=seed))
+        return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+
+    assert torch.equal(trained(compiled), trained(""))
 
 
 def test_random_words_differ_between_boundaries_messages_replicas_and_seeds() -> None:

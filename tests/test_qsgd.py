@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from hvd_qsgd import QSGD, ConfigError, PayloadError, UnsupportedError, codec_from_config
 from hvd_qsgd.codecs.bits import pack_planes, pack_stream, plane_widths, planes_size, unpack_planes, unpack_stream
-from hvd_qsgd.random_words import key_of, stream_of
+from hvd_qsgd.codecs.random_words import key_of, stream_of
 
 HARD = hard_arrays()
 BITS = range(2, 9)

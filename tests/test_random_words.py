@@ -8,7 +8,7 @@ from checkers import check_chi_square, check_normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_qsgd.random_words import key_of, stream_of, words
+from hvd_qsgd.codecs.random_words import key_of, stream_of, words
 
 KEYS = [key_of(stream_of(0, 0, "w"), step) for step in range(8)]
 COUNT = 1 << 18

@@ -16,11 +16,11 @@ from checkers import (
 )
 
 from hvd_qsgd import ConfigError, ExchangeError, IntSGD, PowerSGD, UnsupportedError
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.exchanges import Job, Piece
 from hvd_qsgd.exchanges.powersgd import orthogonalized
-from hvd_qsgd.feedback import ErrorFeedback
+from hvd_qsgd.feedback import ErrorFeedback, Feedback
 from hvd_qsgd.kernels import kernels_for
-from hvd_qsgd.random_words import stream_of
 
 SHAPES = [(40, 50), (6, 4), (32, 3, 5, 5), (50,)]
 BACKENDS = ["numpy", "torch"]
@@ -29,9 +29,18 @@ BACKENDS = ["numpy", "torch"]
 class Cluster:
     """Ranks that keep residuals and memories from step to step."""
 
-    def __init__(self, codec: Any, ranks: int, backend: str = "numpy", keep_error: bool = False) -> None:
+    def __init__(
+        self,
+        codec: Any,
+        ranks: int,
+        backend: str = "numpy",
+        keep_error: bool = False,
+        exchange: str = "",
+        kind: Feedback | None = None,
+    ) -> None:
         self.codec, self.ranks, self.backend, self.keep_error = codec, ranks, backend, keep_error
-        self.feedback = [ErrorFeedback() for _ in range(ranks)]
+        self.exchange = exchange or codec.name
+        self.feedback = [(kind or ErrorFeedback()).fresh() for _ in range(ranks)]
         self.memories: list[dict[int, dict[str, Any]]] = [{} for _ in range(ranks)]
         self.number = 0
         #: Ranks that have a step less behind them.
@@ -44,7 +53,7 @@ class Cluster:
             pieces = []
             for i, x in enumerate(arrays):
                 flat = x.reshape(-1).copy()
-                given = self.feedback[rank].correct(str(i), flat) if self.keep_error else flat
+                given = self.feedback[rank].correct(str(i), flat, self.ranks) if self.keep_error else flat
                 owner = 0 if self.codec.shared_randomness else rank
                 piece = Piece(
                     f"t{i}",
@@ -60,15 +69,15 @@ class Cluster:
             backend = "numba" if self.backend == "numpy" else "torch"
             jobs.append(Job("job", pieces, kernels_for(self.codec, backend), rank, self.ranks, self.empty))
         if self.backend == "numpy":
-            run_exchange(self.codec.name, jobs, tamper)
+            run_exchange(self.exchange, jobs, tamper)
         else:
-            run_torch_exchange(self.codec.name, jobs)
+            run_torch_exchange(self.exchange, jobs)
         for feedback, job in zip(self.feedback, jobs):
             for i, piece in enumerate(job.pieces):
                 piece.x, piece.out = np.asarray(piece.x), np.asarray(piece.out)
                 if self.keep_error:
                     settle = feedback.keep if np.isfinite(piece.out).all() else feedback.discard
-                    settle(str(i), piece.x)
+                    settle(str(i), piece.x, piece.out)
         check_same_on_all_ranks(jobs)
         self.number += 1
         return jobs
@@ -203,6 +212,43 @@ def test_rounding_to_integers_is_unbiased_and_clips() -> None:
     assert total[0] / 300 == pytest.approx(3 * step, rel=1e-4)
     # The deviation of a mean of 300 is at most half a step over sqrt(300).
     assert np.abs(total[1:] / 300 - x[1:]).max() < 5 * 0.5 * step / 300**0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_means_of_zero_leave_no_step_that_is_too_small(backend: str) -> None:
+    cluster, x = Cluster(IntSGD(), 2, backend), gauss(2000)
+    for square in (None, 1e-100):
+        cluster.step([[x], [x]])
+        if square is not None:
+            # What followed from some thousand zeros before, and rounds to a step of zero.
+            cluster.memories[0][0]["square"] = cluster.memories[1][0]["square"] = square
+        cluster.step([[0 * x], [0 * x]])
+        assert cluster.memories[0][0]["square"] == 0
+        out = cluster.step([[x], [x]])[0].pieces[0].out
+        assert np.abs(out - x).max() < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("codec", [IntSGD(), IntSGD(2), IntSGD(4, fineness=8.0)], ids=str)
+def test_clipping_does_not_shrink_sparse_gradients_to_nothing(codec: IntSGD, backend: str) -> None:
+    cluster, rng, shares = Cluster(codec, 2, backend), np.random.default_rng(0), []
+    for _ in range(60):
+        inputs = [
+            [np.where(rng.random(4000) < 0.005, rng.standard_normal(4000), 0).astype(np.float32)] for _ in range(2)
+        ]
+        mean = means(inputs)[0]
+        shares.append(float(cluster.step(inputs)[0].pieces[0].out @ mean / (mean @ mean)))
+    assert 0.75 < np.mean(shares[30:]) < 1.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_become_much_larger_are_soon_sent_whole(backend: str) -> None:
+    cluster, x = Cluster(IntSGD(), 2, backend), gauss(2000)
+    for _ in range(2):
+        cluster.step([[1e-12 * x]] * 2)
+    for _ in range(9):
+        out = cluster.step([[x]] * 2)[0].pieces[0].out
+    assert out @ x / (x @ x) > 0.8
 
 
 @pytest.mark.parametrize("codec", [IntSGD(), PowerSGD()], ids=str)

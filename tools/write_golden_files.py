@@ -33,7 +33,7 @@ from hvd_qsgd import (
     ThresholdTopK,
     TopK,
 )
-from hvd_qsgd.random_words import key_of, stream_of
+from hvd_qsgd.codecs.random_words import key_of, stream_of
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "tests" / "golden"
 #: Of one case: how it was made, the input, the payload or the words.

@@ -9,6 +9,7 @@ import typer
 
 import hvd_qsgd
 from hvd_qsgd.cli import demo, environment, files, speed
+from hvd_qsgd.cli.output import print_error, print_line
 from hvd_qsgd.errors import HvdQsgdError
 
 STATUS = (
@@ -23,7 +24,7 @@ for group in (environment, speed, files, demo):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(hvd_qsgd.__version__)
+        print_line(hvd_qsgd.__version__)
         raise typer.Exit
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         app()
     except (HvdQsgdError, OSError) as error:
-        typer.secho(f"hvd-qsgd: {error}", fg=typer.colors.RED, err=True)
+        print_error(f"hvd-qsgd: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from hvd_qsgd.cli.output import AS_JSON
+from hvd_qsgd.cli.output import AS_JSON, print_json
 
 #: The repository's ``examples``, which are in the wheel as well.
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -39,4 +40,4 @@ def demo(
         status = subprocess.run([*command, "--json", str(numbers)], stdout=sys.stderr, check=False).returncode
         if status:
             raise typer.Exit(status)
-        typer.echo(numbers.read_text())
+        print_json(json.loads(numbers.read_text()))

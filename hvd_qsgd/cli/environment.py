@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from hvd_qsgd.cli.output import AS_JSON, print_json, waiting
+from hvd_qsgd.cli.output import AS_JSON, as_text, print_json, print_table, waiting
 
 
 def register(app: typer.Typer) -> None:
@@ -22,19 +20,18 @@ def register(app: typer.Typer) -> None:
 
 def doctor(as_json: bool = AS_JSON) -> None:
     """Look at versions, Horovod's build, MPI, the GPU and the network, and say what to fix; status 1 if there is."""
-    from hvd_qsgd import doctor
+    from hvd_qsgd.commands import doctor
 
     with waiting("Asking Horovod, MPI and the GPU"):
         findings = doctor.examine()
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:
-        table = Table("what", "state", "found", "what to do")
         colors = {doctor.GOOD: "green", doctor.WARNING: "yellow", doctor.BAD: "red"}
-        for finding in findings:
-            state = f"[{colors[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.what, state, finding.found, finding.remedy)
-        Console().print(table)
+        print_table(
+            ("what", "state", "found", "what to do"),
+            [(f.what, as_text(f.state, colors[f.state]), f.found, f.remedy) for f in findings],
+        )
     if any(finding.state == doctor.BAD for finding in findings):
         raise typer.Exit(1)
 
@@ -47,7 +44,7 @@ def install_horovod(
     as_json: bool = AS_JSON,
 ) -> None:
     """Build Horovod 0.28.1 against the torch and TensorFlow of this environment, and install it."""
-    from hvd_qsgd import install_horovod
+    from hvd_qsgd.commands import install_horovod
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         install_horovod.install(mpi=not without_mpi, gpu=gpu, force=force, log=log)

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from hvd_qsgd.cli.output import AS_JSON, print_json
+from hvd_qsgd.cli.output import AS_JSON, as_text, print_json, print_line, print_table
 
 
 def register(app: typer.Typer) -> None:
@@ -23,16 +21,16 @@ def report(
     as_json: bool = AS_JSON,
 ) -> None:
     """Make one HTML file, with plots and a table of all tensors, from the records of a monitor."""
-    from hvd_qsgd.observe.json_lines import read_records
-    from hvd_qsgd.observe.report import make_report, total_of
+    from hvd_qsgd.observe.report import page_of, read_runs, total_of
 
-    html = make_report(files)
+    runs = read_runs(files)
+    html = page_of(runs)
     output.write_text(html, encoding="utf-8")
     if as_json:
-        totals = {str(file): total_of(read_records(file)) for file in files}
+        totals = {str(file): total_of(records) for file, (_, records) in zip(files, runs)}
         print_json({"report": str(output), "runs": totals})
     else:
-        typer.echo(f"wrote {output}: {len(html) / 1e3:.0f} kB, {len(files)} run{'s' * (len(files) > 1)}")
+        print_line(f"wrote {output}: {len(html) / 1e3:.0f} kB, {len(files)} run{'s' * (len(files) > 1)}")
 
 
 def inspect(
@@ -44,21 +42,17 @@ def inspect(
     as_json: bool = AS_JSON,
 ) -> None:
     """Say what is in a file: settings, tensors, residual norms; of a payload also whether it is sound."""
-    from hvd_qsgd.inspecting import inspect_file
+    from hvd_qsgd.commands.inspect_files import inspect_file
 
     found = inspect_file(file, config, elements)
     if as_json:
         print_json(found.as_dict())
         return
-    console = Console()
-    console.print(f"[bold]{found.kind}[/]: {file}")
+    print_line(as_text(found.kind, "bold"), ": ", file)
     for name, value in found.facts.items():
-        console.print(f"{name}: {_shown(value)}", markup=False)
+        print_line(f"{name}: {_shown(value)}")
     if found.rows:
-        table = Table(*found.rows[0])
-        for row in found.rows:
-            table.add_row(*map(_shown, row.values()))
-        console.print(table)
+        print_table(list(found.rows[0]), [list(map(_shown, row.values())) for row in found.rows])
 
 
 def _shown(value: Any) -> str:

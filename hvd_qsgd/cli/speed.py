@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
-from hvd_qsgd.cli.output import AS_JSON, print_json, waiting
+from hvd_qsgd.cli.output import AS_JSON, print_json, print_line, print_table, waiting
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +38,7 @@ def estimate(
     as_json: bool = AS_JSON,
 ) -> None:
     """Will compression help? Predicts step times; the codecs are timed on this machine, one thread."""
-    from hvd_qsgd import estimate
+    from hvd_qsgd.commands import estimate
 
     if (parameters is None) == (model is None):
         raise typer.BadParameter("give one of both", param_hint="--parameters or --model")
@@ -66,27 +66,26 @@ def estimate(
     if as_json:
         print_json([dataclasses.asdict(p) | {"pays": p.pays} for p in predictions])
         return
-    console = Console()
-    console.print(
+    print_line(
         f"{situation.parameters:,} parameters, {situation.ranks} ranks, {situation.bandwidth / 1e9:.3g} Gbit/s, "
         f"{situation.latency * 1e3:.3g} ms for a small collective{', as measured' if measure else ''}"
     )
-    table = Table(Column("method", min_width=21), "exchange", "step, ms", "times\nfaster", "pays up to")
+    rows = []
     for p in predictions:
         limit = "any bandwidth" if math.isinf(p.break_even) else f"{p.break_even / 1e9:.3g} Gbit/s"
         limit = limit if p.break_even else "never" if p.exchange else ""
-        table.add_row(p.method, p.exchange, f"{p.seconds * 1e3:.1f}", f"{p.speedup:.2f}", limit)
-    console.print(table)
+        rows.append((p.method, p.exchange, f"{p.seconds * 1e3:.1f}", f"{p.speedup:.2f}", limit))
+    print_table([Column("method", min_width=21), "exchange", "step, ms", "times\nfaster", "pays up to"], rows)
     best = max(predictions, key=lambda p: p.speedup)
     if best.pays and best.exchange:
-        console.print(
+        print_line(
             f"Yes: {best.method} makes steps {best.speedup:.2f} times faster. "
             "That is time alone: TopK and 2 bits can cost accuracy, so begin with QSGD, 4 bits."
         )
     elif best.pays:
-        console.print(f"Rather not: {best.method} does as well, without this package.")
+        print_line(f"Rather not: {best.method} does as well, without this package.")
     else:
-        console.print("No: gradients are not what your steps wait for. Nothing would be gained.")
+        print_line("No: gradients are not what your steps wait for. Nothing would be gained.")
 
 
 def bench(
@@ -98,26 +97,24 @@ def bench(
     as_json: bool = AS_JSON,
 ) -> None:
     """How fast is this machine? Codecs, one thread; with --exchange whole allreduces between ranks."""
-    from hvd_qsgd import bench
+    from hvd_qsgd.commands import bench
 
     if exchange:
         rank, times = bench.exchange_times(int(elements), repeats)
         if rank:
             return
-        rows = [dataclasses.asdict(row) for row in times]
-        table = Table("method", "ms", "times faster", "MB sent", title=f"{int(elements):,} values of float32")
-        for t in times:
-            table.add_row(
-                t.method, f"{t.seconds * 1e3:.2f}", f"{times[0].seconds / t.seconds:.2f}", f"{t.sent / 1e6:.2f}"
-            )
+        results: Sequence[Any] = times
+        title, heads = f"{int(elements):,} values of float32", ("method", "ms", "times faster", "MB sent")
+        rows = [
+            (t.method, f"{t.seconds * 1e3:.2f}", f"{times[0].seconds / t.seconds:.2f}", f"{t.sent / 1e6:.2f}")
+            for t in times
+        ]
     else:
         with waiting("Timing the codecs on this machine"):
-            speeds = bench.codec_speeds()
-        rows = [dataclasses.asdict(row) for row in speeds]
-        table = Table("codec", "times smaller", "encode, GB/s", "decode, GB/s", title="float32 read or made a second")
-        for s in speeds:
-            table.add_row(s.codec, f"{s.ratio:.1f}", f"{s.encode / 1e9:.2f}", f"{s.decode / 1e9:.2f}")
+            results = speeds = bench.codec_speeds()
+        title, heads = "float32 read or made a second", ("codec", "times smaller", "encode, GB/s", "decode, GB/s")
+        rows = [(s.codec, f"{s.ratio:.1f}", f"{s.encode / 1e9:.2f}", f"{s.decode / 1e9:.2f}") for s in speeds]
     if as_json:
-        print_json(rows)
+        print_json([dataclasses.asdict(result) for result in results])
     else:
-        Console().print(table)
+        print_table(heads, rows, title)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks, at_once, together
 from hvd_qsgd.errors import ConfigError, PayloadError
 
 #: What decoding does with its output: overwrite it, add to it, or subtract from it.
@@ -42,7 +42,7 @@ class Kernels(ABC):
         Args:
             x: float32 of shape (elements,); stays as it is.
             out: uint8 of shape (bytes,), ``payload_size(elements)`` of them at least.
-            key: 64-bit key of the random words (see ``hvd_qsgd.random_words``).
+            key: 64-bit key of the random words (see ``hvd_qsgd.codecs.random_words``).
             first: position of ``x[0]`` in its tensor, a multiple of the codec's granularity. It picks the random
                 words, so that a tensor encoded in parts gives the codes of the tensor encoded whole.
 
@@ -63,17 +63,19 @@ class Kernels(ABC):
             mode: "set", "add" or "subtract": what happens to ``out``.
 
         Raises:
-            PayloadError: the payload does not fit the configuration and the length, or is damaged.
+            PayloadError: the payload does not fit the configuration and the length, or is damaged; ``out`` is as it
+                was.
         """
 
     def average_into(self, message: Any, spans: Sequence[tuple[int, int]], out: Any) -> None:
         """Set ``out`` to the mean of the payloads that stand at ``message[start:stop]``.
 
         The sum runs in the order of ``spans`` and is divided by their number at the end.
+
+        Raises:
+            PayloadError: one of them is damaged; ``out`` is as it was.
         """
-        for index, (start, stop) in enumerate(spans):
-            self.decode_into(message[start:stop], out, "add" if index else "set")
-        out /= len(spans)
+        at_once(self.prepare_average(message, spans, len(out)))(out)
 
     # -- the same for exchanges, in two parts: all that the host must see of a device, and then the work ----------
 
@@ -99,18 +101,27 @@ class Kernels(ABC):
     def prepare_decode(self, payload: Any, length: int) -> Looks[Callable[[Any, str], None]]:
         """Look at what tells whether ``payload`` is one of ``length`` elements.
 
+        By default that is its size alone; payloads that can be damaged otherwise are taken apart here.
+
         Returns:
-            What sets, adds or subtracts the decoded values, as :meth:`decode_into` does.
+            What sets, adds or subtracts the decoded values, as :meth:`decode_into` does; it finds no fault any more.
         """
         yield from ()
+        self.codec.check_payload(payload, length)
         return functools.partial(self.decode_into, payload)
 
     def prepare_average(
         self, message: Any, spans: Sequence[tuple[int, int]], length: int
     ) -> Looks[Callable[[Any], None]]:
         """The same for :meth:`average_into`: nothing is written before all payloads are known to be good."""
-        yield from ()
-        return functools.partial(self.average_into, message, spans)
+        decoded = yield from together([self.prepare_decode(message[start:stop], length) for start, stop in spans])
+
+        def average(out: Any) -> None:
+            for index, apply in enumerate(decoded):
+                apply(out, "add" if index else "set")
+            out /= len(decoded)
+
+        return average
 
     def with_memory(self, memory: dict[str, Any]) -> Kernels:
         """The kernels for one tensor of one rank, for codecs that learn from step to step.
@@ -199,7 +210,7 @@ class Codec(Kernels):
         Args:
             x: array of any shape and any floating dtype; converted to float32 in C order.
                 Values that float32 cannot hold count as infinite.
-            key: 64-bit key of the random words (see :mod:`hvd_qsgd.random_words`).
+            key: 64-bit key of the random words (see :mod:`hvd_qsgd.codecs.random_words`).
 
         Returns:
             The payload, uint8 of shape (bytes,).

@@ -7,6 +7,8 @@ in Elias omega code. Elias, Universal codeword sets, IEEE Trans. Inf. Theory 197
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ import numpy as np
 from hvd_qsgd.codecs.base import Codec, combine
 from hvd_qsgd.codecs.bits import planes_size, unpack_planes
 from hvd_qsgd.codecs.qsgd import QSGD, dequantize
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import PayloadError
 
 #: In place of the number of levels that are not zero: QSGD's fixed-width codes follow.
@@ -85,13 +88,15 @@ class EliasQSGD(Codec):
         return self.write(out, fixed, 4 * self.quantizer.buckets(x.size), packed, count)
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        at, count = self.check_header(payload, out.size)
+        at_once(self.prepare_decode(payload, out.size))(out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        yield from ()
+        at, count = self.check_header(payload, length)
         if count == FIXED_WIDTH:
-            fixed = np.concatenate([payload[: at - 4], payload[at:]])
-            self.quantizer.decode_into(fixed, out, mode)
-            return
-        levels = unpack_levels(payload[at:], count, out.size, self.quantizer.levels)
-        self.add_levels(levels, payload[: at - 4], out, mode)
+            return functools.partial(self.quantizer.decode_into, np.concatenate([payload[: at - 4], payload[at:]]))
+        levels = unpack_levels(payload[at:], count, length, self.quantizer.levels)
+        return functools.partial(self.add_levels, levels, payload[: at - 4])
 
     def write(self, out: np.ndarray, fixed: np.ndarray, at: int, packed: np.ndarray, count: int) -> int:
         """Put the shorter of both codes after the scales and the count; returns the size of the payload."""
@@ -174,13 +179,13 @@ def pack_levels(levels: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def unpack_levels(packed: np.ndarray, count: int, length: int, largest: int) -> np.ndarray:
-    """The inverse of :func:`pack_levels`: int32 of shape (length,).
+    """The inverse of :func:`pack_levels`: int8 of shape (length,), which the levels of 8 bits fit into.
 
     Raises:
         PayloadError: the bits are no code of ``count`` levels up to ``largest`` at positions below ``length``.
     """
     bits: Any = np.unpackbits(packed, bitorder="little").tolist()
-    levels = np.zeros(length, np.int32)
+    levels = np.zeros(length, np.int8)
     at, position = 0, -1
 
     def take(width: int) -> int:

@@ -22,7 +22,8 @@ class IntSGD(ExchangedCodec):
             paper, whose rate is that of SGD. More is finer, until values are clipped.
         beta: of the moving average of squared means, 0 <= beta < 1.
 
-    The first step of a tensor, and one after means of zero, agrees on scales instead. A tensor
+    The first step of a tensor, and one after means of zero, agrees on scales instead. Where clipping takes more than
+    an eighth of a rank's gradient (by the sum of magnitudes), the step grows, as with sparse gradients. A tensor
     that holds NaN or an infinity decodes to NaN as a whole.
 
     Raises:
@@ -34,6 +35,7 @@ class IntSGD(ExchangedCodec):
     beta: float = 0.9
 
     name: ClassVar[str] = "intsgd"
+    version: ClassVar[int] = 2
     exchanges: ClassVar[tuple[str, ...]] = ("intsgd",)
 
     def __post_init__(self) -> None:

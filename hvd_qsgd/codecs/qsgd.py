@@ -13,8 +13,8 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, check_choice, check_integer, combine
 from hvd_qsgd.codecs.bits import pack_planes, planes_size, unpack_planes
+from hvd_qsgd.codecs.random_words import words
 from hvd_qsgd.errors import ConfigError, UnsupportedError
-from hvd_qsgd.random_words import words
 
 #: Bits of the random number that decides a rounding. Elements are rounded from fixed point
 #: with this many fractional bits, which biases a level by at most 2^-17.

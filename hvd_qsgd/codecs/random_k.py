@@ -13,8 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, combine
+from hvd_qsgd.codecs.random_words import words
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.random_words import words
 
 KEY_BYTES = 8
 

@@ -7,15 +7,17 @@ and QSGD by row lets no bucket reach from one sample into the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels, check_integer
+from hvd_qsgd.codecs.random_words import GOLDEN, MASK64
+from hvd_qsgd.codecs.readback import Looks, at_once, together
 from hvd_qsgd.errors import ConfigError, PayloadError
-from hvd_qsgd.random_words import GOLDEN, MASK64
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Rows(Codec):
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         RowsKernels(self, self.inner).decode_into(payload, out, mode)
 
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        return RowsKernels(self, self.inner).prepare_decode(payload, length)
+
     def sizes_bytes(self, length: int) -> int:
         """Bytes of the table of payload sizes, which only rows of variable size need."""
         return 4 * -(-length // self.length) if self.variable_size else 0
@@ -115,11 +120,23 @@ class RowsKernels(Kernels):
         return at
 
     def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
-        table = payload[: self.codec.sizes_bytes(len(out))]
-        head = table if isinstance(table, np.ndarray) else table.cpu().numpy()
-        spans = self.codec.spans(head, len(out), len(payload))
-        for row, (start, stop) in zip(self._rows(out), spans):
-            self.inner.decode_into(payload[start:stop], row, mode)
+        at_once(self.prepare_decode(payload, len(out)))(out, mode)
+
+    def prepare_decode(self, payload: Any, length: int) -> Looks[Callable[[Any, str], None]]:
+        codec = self.codec
+        head = payload[: codec.sizes_bytes(length)]
+        if not isinstance(head, np.ndarray):
+            (head,) = yield [head]
+        spans = codec.spans(head, length, len(payload))
+        lengths = (min(codec.length, length - start) for start in range(0, length, codec.length))
+        decodes = yield from together(
+            self.inner.prepare_decode(payload[start:stop], of_row) for (start, stop), of_row in zip(spans, lengths)
+        )
+        return functools.partial(self._apply, decodes)
+
+    def _apply(self, decodes: list[Callable[[Any, str], None]], out: Any, mode: str) -> None:
+        for row, decode in zip(self._rows(out), decodes):
+            decode(row, mode)
 
     def all_finite(self, x: Any) -> bool:
         return self.inner.all_finite(x)

@@ -6,12 +6,15 @@ the factor 1 / (1 + omega); Richtarik et al., EF21 (arXiv 2106.05203), Lemma 8, 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, combine
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import ConfigError
 
 
@@ -79,8 +82,14 @@ class Scaled(Codec):
         return int(self.inner.encode_into(x, out, key, first))
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
+        at_once(self.prepare_decode(payload, out.size))(out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        return functools.partial(self._combine, (yield from self.inner.prepare_decode(payload, length)))
+
+    def _combine(self, decode: Callable[[np.ndarray, str], None], out: np.ndarray, mode: str) -> None:
         values = np.empty_like(out)
-        self.inner.decode_into(payload, values)
+        decode(values, "set")
         combine(out, values * self.factor, mode)
 
     # -- the allreduce exchanges: the codec's own words, and the mean times the factor --------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, check_choice, check_integer, combine
 from hvd_qsgd.codecs.bits import pack_stream, unpack_stream
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import ConfigError, PayloadError
 
 #: form, bits of a low part, two reserved zero bytes, number of values; little-endian.
@@ -116,19 +118,16 @@ class TopK(Codec):
         return len(packed)
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        form, low_bits, count = self.check_header(payload, out.size, len(payload))
+        at_once(self.prepare_decode(payload, out.size))(out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        yield from ()
+        form, low_bits, count = self.check_header(payload, length, len(payload))
         if form == NOT_FINITE:
-            combine(out, np.full(out.size, np.nan, np.float32), mode)
-            return
+            return combine_nan
         end = HEADER.size + count * self.value_bytes
         values = self.unpack_values(payload[HEADER.size : end])
-        positions = unpack_positions(payload[end:], out.size, count, form, low_bits)
-        if mode == "set":
-            out[...] = 0
-            mode = "add"
-        kept = out[positions]
-        combine(kept, values, mode)
-        out[positions] = kept
+        return functools.partial(combine_at, unpack_positions(payload[end:], length, count, form, low_bits), values)
 
     def check_header(self, payload: np.ndarray, length: int, size: int) -> tuple[int, int, int]:
         """Form, bits of a low part and number of values of a payload of ``size`` bytes.
@@ -162,6 +161,21 @@ class TopK(Codec):
     def unpack_values(self, data: np.ndarray) -> np.ndarray:
         """float32 values from the bytes that follow the header."""
         return np.frombuffer(data.tobytes(), "<f4" if self.values == "float32" else "<f2").astype(np.float32)
+
+
+def combine_nan(out: np.ndarray, mode: str) -> None:
+    """What the payload of a tensor that was not finite decodes to."""
+    combine(out, np.full(out.size, np.nan, np.float32), mode)
+
+
+def combine_at(positions: np.ndarray, values: np.ndarray, out: np.ndarray, mode: str) -> None:
+    """Set, add or subtract values at some positions and zero elsewhere."""
+    if mode == "set":
+        out[...] = 0
+        mode = "add"
+    kept = out[positions]
+    combine(kept, values, mode)
+    out[positions] = kept
 
 
 def largest_positions(magnitudes: np.ndarray, count: int) -> np.ndarray:

@@ -6,6 +6,8 @@ fixed size and can be cut between rows, so that it travels by scatter_gather as 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, check_integer, combine
 from hvd_qsgd.codecs.bits import pack_stream, unpack_stream
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.errors import ConfigError, PayloadError
 
 ABS_MASK = np.uint32(0x7FFFFFFF)
@@ -82,16 +85,24 @@ class RowTopK(Codec):
         return size
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        self.check_payload(payload, out.size)
-        at = 4 * self.count(out.size)
+        at_once(self.prepare_decode(payload, out.size))(out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        yield from ()
+        self.check_payload(payload, length)
+        at = 4 * self.count(length)
         values = np.frombuffer(payload[:at].tobytes(), "<f4")
         positions = unpack_stream(payload[at:], len(values), self.width).astype(np.int64)
-        starts = self._starts(out.size)
-        self.check_positions(positions, starts, out.size)
+        starts = self._starts(length)
+        self.check_positions(positions, starts, length)
+        return functools.partial(self._combine, positions + starts, values)
+
+    def _combine(self, places: np.ndarray, values: np.ndarray, out: np.ndarray, mode: str) -> None:
+        """Set, add or subtract values at their places; rows of which one is NaN become NaN."""
         dense = np.zeros_like(out)
-        dense[positions + starts] = values
-        for start in np.unique(starts[np.isnan(values)]):
-            dense[start : start + self.row] = np.nan
+        dense[places] = values
+        for row in np.unique(places[np.isnan(values)] // self.row):
+            dense[row * self.row : (row + 1) * self.row] = np.nan
         combine(out, dense, mode)
 
     def check_positions(self, positions: np.ndarray, starts: np.ndarray, length: int) -> None:

@@ -6,6 +6,7 @@ al., DGC (arXiv 1712.01887) and its code; statistical fits of SIDCo (:mod:`hvd_q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from hvd_qsgd.codecs import sidco
 from hvd_qsgd.codecs.base import Kernels, check_choice, check_integer
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.codecs.topk import ABS_MASK, INFINITY_BITS, TopK, largest_positions
 from hvd_qsgd.errors import ConfigError
 
@@ -161,3 +162,6 @@ class Remembering(Kernels):
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         self.codec.decode_into(payload, out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        return self.codec.prepare_decode(payload, length)

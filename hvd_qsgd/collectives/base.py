@@ -56,6 +56,10 @@ class OfProcessSet:
         """See :class:`Collectives`."""
         return int(self.process_set.size())
 
+    def start(self, request: Request) -> Handle:
+        """See :class:`Collectives`."""
+        raise NotImplementedError
+
 
 class Names:
     """Names of Horovod's collectives.

@@ -45,6 +45,11 @@ def ends_early() -> bool:
     return set_by_environment("HOROVOD_ENABLE_ASYNC_COMPLETION") or set_by_environment("HOROVOD_ENABLE_XLA_OPS")
 
 
+def mismatched(error: HorovodInternalError) -> bool:
+    """Whether ranks came with different things under one name."""
+    return "mismatched" in str(error).lower()
+
+
 @dataclass
 class HorovodHandle:
     request: Request
@@ -62,7 +67,7 @@ class HorovodHandle:
                     f"{self.request.name}: a rank has called hvd.join(), and Horovod cannot gather with a joined rank "
                     f'({error}). Use exchange="allreduce", which can.'
                 ) from error
-            if "mismatched" in str(error).lower():
+            if mismatched(error):
                 raise ExchangeError(
                     f"{self.request.name}: the ranks started different collectives ({error}). "
                     f"All ranks must run the same model with the same compressor settings."
@@ -131,7 +136,7 @@ class HorovodCollectives(OfProcessSet):
         if isinstance(request, AllGather):
             return HorovodHandle(request, hvd.allgather_async(tensor, name=name, process_set=self.process_set))
         if isinstance(request, AllToAll):
-            splits = torch.tensor(request.splits, dtype=torch.int32)
+            splits = torch.tensor(request.splits, dtype=torch.int32, device="cpu")
             return HorovodHandle(request, hvd.alltoall_async(tensor, splits, name=name, process_set=self.process_set))
         assert isinstance(request, AllReduce)
         operation = hvd.Max if request.op == "max" else hvd.Sum

@@ -1,7 +1,7 @@
 """Collectives over mpi4py, on NumPy arrays, without pickling.
 
 MPI matches collectives by the order of the calls, not by name: all ranks must run the same
-exchanges in the same order, one at a time (:func:`hvd_qsgd.engine.run_exchange`).
+exchanges in the same order, one at a time (:func:`hvd_qsgd.reduction.progress.run_exchange`).
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from typing import Any, TypeVar, Union
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels
-from hvd_qsgd.codecs.looks import Looks, together
+from hvd_qsgd.codecs.random_words import key_of
+from hvd_qsgd.codecs.readback import Looks, together
 from hvd_qsgd.errors import ExchangeError
-from hvd_qsgd.random_words import key_of
 
 #: Payloads start at multiples of this many bytes inside a message.
 ALIGNMENT = 4
@@ -86,7 +86,7 @@ Empty = Callable[[int, str], Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What an exchange does on each rank, for predictions (:mod:`hvd_qsgd.cost`)."""
+    """What an exchange does on each rank, for predictions (:mod:`hvd_qsgd.tuning.cost`)."""
 
     #: Bytes that a rank sends, by collective ("allgather", "alltoall", "allreduce").
     sent: Mapping[str, float]
@@ -108,10 +108,11 @@ class Piece:
             ``keep_error``.
         out: receives the mean over ranks, flat and of the type of ``x``; may be the memory of ``x`` unless
             ``keep_error``.
-        stream, step: of the random words (see :mod:`hvd_qsgd.random_words`).
+        stream, step: of the random words (see :mod:`hvd_qsgd.codecs.random_words`).
         first: position of ``x[0]`` in its tensor.
         keep_error: leave in ``x`` what this rank could not send: the new residual.
         shape: of the tensor, if the piece is all of it.
+        dtype: of the tensor, which that of ``x`` need not be.
         memory: what the codec remembers of the tensor on this rank (see ``Kernels.with_memory``).
     """
 
@@ -124,6 +125,7 @@ class Piece:
     keep_error: bool = False
     shape: tuple[int, ...] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
     #: Set by the exchange: the size of this rank's payload of the piece.
     payload_bytes: int = field(default=0, init=False)
     #: Set with ``keep_error`` where ``out`` is on a device: whether it holds neither NaN nor an infinity.
@@ -132,6 +134,11 @@ class Piece:
     def key(self, phase: int = 0) -> int:
         """Of the random words: phase 0 encodes what this rank contributes, 1 the mean."""
         return key_of(self.stream, self.step, phase)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What must be equal on all ranks: the same elements of the same tensor."""
+        return (self.name, self.first, len(self.x), self.shape, self.dtype)
 
 
 @dataclass
@@ -184,8 +191,7 @@ class Job:
 
     def fingerprint(self, exchange: str) -> int:
         """31 bits that differ when two ranks do not mean the same exchange."""
-        shape = tuple((piece.name, piece.first, len(piece.x)) for piece in self.pieces)
-        return _fingerprint(exchange, self.codec, shape, self.ranks)
+        return _fingerprint(exchange, self.codec, tuple(piece.identity for piece in self.pieces), self.ranks)
 
     def expect(self, found: Any, words: Sequence[int], detail: str) -> None:
         """Raise ExchangeError unless the bytes of ``found`` are those of little-endian uint32 words.
@@ -242,8 +248,8 @@ class Job:
 
 # The same in every step.
 @functools.lru_cache(maxsize=4096)
-def _fingerprint(exchange: str, codec: Codec, shape: tuple[tuple[str, int, int], ...], ranks: int) -> int:
-    text = json.dumps([exchange, codec.version, codec.config(), shape, ranks], sort_keys=True)
+def _fingerprint(exchange: str, codec: Codec, pieces: tuple[tuple[Any, ...], ...], ranks: int) -> int:
+    text = json.dumps([exchange, codec.version, codec.config(), pieces, ranks], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
 
 

@@ -13,7 +13,7 @@ def joined(exchange: Callable[[Job], Steps], job: Job) -> Steps:
     first = job.pieces[0]
     x, out = job.empty(sum(lengths), "float32"), job.empty(sum(lengths), "float32")
     whole = Piece(
-        "+".join(piece.name for piece in job.pieces),
+        str([piece.identity for piece in job.pieces]),
         x,
         out,
         first.stream,

@@ -4,6 +4,10 @@ Source: Vogels, Karimireddy, Jaggi, PowerSGD, NeurIPS 2019 (arXiv 1905.13727), A
 P = mean of M Q, orthogonalized; Q = mean of M^T P; the gradient is P Q^T, this rank's residual
 M - P (M^T P)^T, and Q is where the next step starts.
 
+A column of Q that is zero would stay so for ever, since P = M Q and Q = M^T P. Gradients of zero or
+of low rank leave such columns, so they are drawn anew. The others are scaled, which changes no basis,
+so that small gradients do not vanish from their products, and large ones do not overflow.
+
 Both sums are the same on all ranks; what follows from them is so on processors and libraries of
 one kind.
 """
@@ -11,14 +15,15 @@ one kind.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hvd_qsgd.codecs.powersgd import PowerSGD
-from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, all_finite, ring_bytes, sent
+from hvd_qsgd.codecs.random_words import words
+from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Piece, Steps, Work, look, ring_bytes, sent
 from hvd_qsgd.exchanges.linear import checked_sum
-from hvd_qsgd.random_words import words
 
 #: Share of a column's norm that float32 cannot tell from rounding.
 NEGLIGIBLE = 1e-5
@@ -74,9 +79,16 @@ def powersgd(job: Job) -> Steps:
             piece.x -= (basis @ mine.reshape(shape[1], -1).T).reshape(-1)
         piece.out[...] = (basis @ factor.T).reshape(-1)
         found.append((piece, factor))
-    finite = yield from all_finite(job, [factor.reshape(-1) for _, factor in found])
-    for (piece, factor), usable in zip(found, finite):
-        if usable:
+    largest = [_largest(factor) for _, factor in found]
+    seen = yield from look(job, largest)
+    for (piece, factor), divisors, magnitudes in zip(found, largest, seen):
+        if np.isfinite(magnitudes).all():
+            factor /= _or_one(divisors)
+            if dead := np.flatnonzero(magnitudes == 0).tolist():
+                # Of another phase than the first numbers, which may be what led here.
+                drawn = _random(piece, len(factor), codec.rank, dead, phase=1)
+                for i, column in enumerate(dead):
+                    factor[:, column] = drawn[:, i]
             piece.memory["q"] = factor
 
 
@@ -91,6 +103,7 @@ def orthogonalized(matrix: Any) -> Any:
 
     A column that the ones before it nearly span becomes zero: what is left of it is rounding.
     """
+    matrix /= _or_one(_largest(matrix))
     before = [_norm(matrix[:, i]) for i in range(matrix.shape[1])]
     for i in range(matrix.shape[1]):
         column = matrix[:, i]
@@ -99,6 +112,15 @@ def orthogonalized(matrix: Any) -> Any:
             rest = matrix[:, i + 1 :]
             rest -= column[:, None] * (column @ rest)[None, :]
     return matrix
+
+
+def _largest(matrix: Any) -> Any:
+    """The largest magnitude of each column; NaN where one is in it."""
+    return abs(matrix).max(0) if isinstance(matrix, np.ndarray) else abs(matrix).amax(0)
+
+
+def _or_one(divisors: Any) -> Any:
+    return divisors + (divisors == 0)
 
 
 def _norm(column: Any) -> Any:
@@ -120,11 +142,16 @@ def _start(codec: PowerSGD, piece: Piece, rows: int, columns: int) -> Any:
         factor = piece.memory["q"]
         # After a checkpoint it may be an array of another library, or on another device.
         return np.asarray(factor) if isinstance(piece.x, np.ndarray) else factor.to(piece.x.device)
-    drawn = words(piece.key(), 0, columns * codec.rank).astype(np.float64) / 2**31 - 1
-    start = drawn.astype(np.float32)
-    if not isinstance(piece.x, np.ndarray):
-        start = sent(piece.x, start.tobytes()).view(piece.x.dtype)
-    return start.reshape(columns, codec.rank)
+    return _random(piece, columns, codec.rank, range(codec.rank))
+
+
+def _random(piece: Piece, rows: int, columns: int, chosen: Sequence[int], phase: int = 0) -> Any:
+    """Some columns of a matrix of random numbers in [-1, 1), the same on all ranks."""
+    drawn = words(piece.key(phase), 0, rows * columns).reshape(rows, columns)[:, chosen]
+    numbers = (drawn.astype(np.float64) / 2**31 - 1).astype(np.float32)
+    if isinstance(piece.x, np.ndarray):
+        return numbers
+    return sent(piece.x, numbers.tobytes()).view(piece.x.dtype).reshape(rows, -1)
 
 
 def _packed(job: Job, head: list[int], parts: list[Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -20,6 +20,7 @@ class Feedback(ABC):
 
     One step of a tensor is :meth:`correct`, an exchange that leaves in the corrected array what
     it did not send, and then either :meth:`keep` or, if the result is not finite, :meth:`discard`.
+    If the mean is not applied after all, :meth:`settle` goes back to before the step.
     """
 
     #: Name in the registry and in configurations.
@@ -52,6 +53,19 @@ class Feedback(ABC):
     def discard(self, name: str, error: Any, mean: Any = None) -> None:
         """Leave the memory as it was before :meth:`correct`."""
 
+    def settle(self, name: str, applied: bool) -> None:
+        """Say whether the last mean was applied to the parameter, as the next :meth:`correct` takes for granted.
+
+        If it was not, the memory is restored to what it was before that step.
+        """
+        for store in self.stores.values():
+            store.settle(name, applied)
+
+    def forget(self, name: str) -> None:
+        """Free what is remembered of a tensor."""
+        for store in self.stores.values():
+            store.forget(name)
+
     def check(self, average: Callable[[str, Any], Any]) -> None:
         """Raise ExchangeError if what must hold between the memories of the ranks does not.
 
@@ -74,12 +88,21 @@ class Feedback(ABC):
         """All stores by attribute name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Store)}
 
-    def arrays(self) -> dict[str, Any]:
-        """Every remembered array, float32, by "store/tensor"."""
-        return {f"{kind}/{name}": store.get(name) for kind, store in self.stores.items() for name in store.names()}
+    def arrays(self, unapplied: Collection[str] = ()) -> dict[str, Any]:
+        """Every remembered array, float32, by "store/tensor".
 
-    def numbers(self) -> dict[str, int]:
-        """Every remembered whole number, equal on all ranks, by "what/tensor"."""
+        Args:
+            unapplied: tensors whose arrays are those that :meth:`settle` would restore.
+        """
+        found = {
+            f"{kind}/{name}": store.get_before(name) if name in unapplied else store.get(name)
+            for kind, store in self.stores.items()
+            for name in store.names()
+        }
+        return {path: array for path, array in found.items() if array is not None}
+
+    def numbers(self, unapplied: Collection[str] = ()) -> dict[str, int]:
+        """Every remembered whole number, equal on all ranks, by "what/tensor"; see :meth:`arrays`."""
         return {}
 
     def resized(self, arrays: dict[str, Any]) -> dict[str, Any]:

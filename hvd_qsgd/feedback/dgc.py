@@ -54,13 +54,15 @@ class MomentumCorrection(Feedback):
     def correct(self, name: str, x: Any, ranks: int = 1) -> Any:
         accumulated = self.accumulated.get_for(name, x)
         x = self._clipped(x, ranks)
-        if accumulated is None:
-            velocity = x * self.momentum if self.nesterov else x + 0
-            total = velocity + 0
-        else:
-            velocity = self.velocity.get(name) * self.momentum
-            velocity += x * self.momentum if self.nesterov else x
-            total = accumulated + velocity
+        velocity, total = self.velocity.room(name, x), self.accumulated.room(name, x)
+        velocity[...] = x
+        if accumulated is not None:
+            velocity += self.velocity.get(name) * (1 if self.nesterov else self.momentum)
+        if self.nesterov:
+            velocity *= self.momentum
+        total[...] = velocity
+        if accumulated is not None:
+            total += accumulated
         if self.nesterov:
             total += x
         self._pending[name] = velocity

@@ -44,7 +44,8 @@ class EF21(Feedback):
     def correct(self, name: str, x: Any, ranks: int = 1) -> Any:
         own = self.own.get_for(name, x)
         # The exchange may write its result over the gradient.
-        self._pending[name] = x + 0
+        pending = self._pending[name] = self.own.room(name, x)
+        pending[...] = x
         return x + 0 if own is None else x - own
 
     def keep(self, name: str, error: Any, mean: Any = None) -> None:
@@ -53,7 +54,9 @@ class EF21(Feedback):
         self.own.put(name, own)
         if name in self.mean:
             mean += self.mean.get(name)
-        self.mean.put(name, mean + 0)
+        copy = self.mean.room(name, mean)
+        copy[...] = mean
+        self.mean.put(name, copy)
 
     def discard(self, name: str, error: Any, mean: Any = None) -> None:
         del self._pending[name]

@@ -7,6 +7,7 @@ h = g + e, send q = C(h), e = beta * e + (1 - beta) * (h - q), and e = 0 after e
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,7 +52,11 @@ class LoCo(Feedback):
 
     def correct(self, name: str, x: Any, ranks: int = 1) -> Any:
         average = self.average.get_for(name, x)
-        return x + 0 if average is None else x + average
+        corrected = self.average.room(name, x)
+        corrected[...] = x
+        if average is not None:
+            corrected += average
+        return corrected
 
     def keep(self, name: str, error: Any, mean: Any = None) -> None:
         self._steps[name] = (self._steps.get(name, 0) + 1) % self.reset
@@ -66,8 +71,19 @@ class LoCo(Feedback):
     def discard(self, name: str, error: Any, mean: Any = None) -> None:
         """Nothing was changed yet."""
 
-    def numbers(self) -> dict[str, int]:
-        return {f"steps/{name}": count for name, count in self._steps.items()}
+    def settle(self, name: str, applied: bool) -> None:
+        if self.average.settle(name, applied) and not applied:
+            self._steps[name] = self._before(name)
+
+    def forget(self, name: str) -> None:
+        super().forget(name)
+        self._steps.pop(name, None)
+
+    def _before(self, name: str) -> int:
+        return (self._steps[name] - 1) % self.reset
+
+    def numbers(self, unapplied: Collection[str] = ()) -> dict[str, int]:
+        return {f"steps/{n}": self._before(n) if n in unapplied else count for n, count in self._steps.items()}
 
     def load(self, arrays: dict[str, Any], numbers: dict[str, int]) -> None:
         super().load(arrays, numbers)

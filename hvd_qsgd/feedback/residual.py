@@ -39,25 +39,17 @@ class ErrorFeedback(Feedback):
 
     def start(self) -> None:
         self.residual = Store(self.kept_as)
-        #: The memory of the residuals before, for the sums to come.
-        self._spare: dict[str, Any] = {}
 
     def correct(self, name: str, x: Any, ranks: int = 1) -> Any:
         residual = self.residual.get_for(name, x)
-        if residual is None:
-            return x + 0
-        corrected = self._spare.pop(name, None)
-        if corrected is None:
-            return x + residual
-        corrected[...] = residual
-        corrected += x
+        corrected = self.residual.room(name, x)
+        corrected[...] = x
+        if residual is not None:
+            corrected += residual
         return corrected
 
     def keep(self, name: str, error: Any, mean: Any = None) -> None:
-        spare = self.residual.put(name, error)
-        if spare is not None:
-            self._spare[name] = spare
+        self.residual.put(name, error)
 
     def discard(self, name: str, error: Any, mean: Any = None) -> None:
-        if self.kept_as == "float32":
-            self._spare[name] = error
+        """Nothing was changed yet."""

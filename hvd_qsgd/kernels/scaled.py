@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hvd_qsgd.codecs.base import Kernels, unknown_mode
+from hvd_qsgd.codecs.base import MODES, Kernels, unknown_mode
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.codecs.scaled import Scaled
 from hvd_qsgd.kernels import kernels_for
 
@@ -26,15 +29,21 @@ class ScaledKernels(Kernels):
         return int(self.inner.encode_into(x, out, key, first))
 
     def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
+        at_once(self.prepare_decode(payload, len(out)))(out, mode)
+
+    def prepare_decode(self, payload: Any, length: int) -> Looks[Callable[[Any, str], None]]:
+        return functools.partial(self._combine, (yield from self.inner.prepare_decode(payload, length)))
+
+    def _combine(self, decode: Callable[[Any, str], None], out: Any, mode: str) -> None:
+        if mode not in MODES:
+            raise unknown_mode(mode)
         values = out if mode == "set" else out + 0
-        self.inner.decode_into(payload, values)
+        decode(values, "set")
         values *= float(self.codec.factor)
         if mode == "add":
             out += values
         elif mode == "subtract":
             out -= values
-        elif mode != "set":
-            raise unknown_mode(mode)
 
     def all_finite(self, x: Any) -> bool:
         return bool(self.inner.all_finite(x))

@@ -15,7 +15,7 @@ VERSION = 1
 
 
 class JsonLines:
-    """One object a record; the fields are those of :class:`Record` and :class:`hvd_qsgd.stats.Stats`.
+    """One object a record; the fields are those of :class:`Record` and :class:`hvd_qsgd.observe.stats.Stats`.
 
     The file is replaced when the first record comes, and complete up to the last one whatever happens.
 
@@ -54,33 +54,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """What :class:`JsonLines` wrote, a dictionary a record; a last line that was cut off is left out.
-
-    Raises:
-        ConfigError: the file holds something else, or nothing.
-    """
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            version = record["version"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines) and records:
-                break
-            raise ConfigError(
-                f"{path}, line {number} is no record of hvd_qsgd. Give a file that JsonLines wrote: "
-                f"QSGDCompressor(monitor=Monitor(JsonLines('run.jsonl')))."
-            ) from None
-        if version != VERSION:
-            raise ConfigError(
-                f"{path}, line {number} has version {version} of the records, and this hvd-qsgd reads {VERSION}. "
-                f"Use the hvd-qsgd that wrote it."
-            )
-        records.append(record)
-    if not records:
-        raise ConfigError(f"{path} holds no record. The first is written after Monitor(every=...) steps.")
-    return records

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from hvd_qsgd.codecs.base import check_integer
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.stats import Stats
+from hvd_qsgd.observe.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Record:
     stats: Stats
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain numbers and strings, with those of :meth:`hvd_qsgd.stats.Stats.as_dict`, for JSON."""
+        """As plain numbers and strings, with those of :meth:`hvd_qsgd.observe.stats.Stats.as_dict`, for JSON."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "stats"}
         return {**own, **self.stats.as_dict()}
 

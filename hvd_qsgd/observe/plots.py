@@ -51,7 +51,7 @@ def _ratio(runs: Sequence[tuple[str, list[Record]]]) -> Plot:
     figure, axes = _axes("times fewer bytes")
     for color, (label, records) in zip(_colors(), runs):
         axes.plot([r["step"] for r in records], [r["ratio"] for r in records], ".-", color=color, label=label)
-    axes.set_ylim(0, 1.15 * max(r["ratio"] for _, records in runs for r in records))
+    axes.set_ylim(0, 1.15 * max(r["ratio"] for _, records in runs for r in records) or None)
     return Plot("Ratio", "How many times fewer bytes were sent than by plain Horovod.", _svg(figure))
 
 
@@ -136,7 +136,13 @@ def _svg(figure: Any) -> str:
 
     (axes,) = figure.axes
     # Above the lines, not among them.
-    axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3}
+    # Lines without a label of ours have one that begins so; ours may begin with "_", too.
+    lines = [line for line in axes.lines if not line.get_label().startswith("_child")]
+    legend = axes.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize="small", **place)
+    for text in legend.get_texts():
+        # Dollars in the name of a file are no formula.
+        text.set_parse_math(False)
     stream = io.StringIO()
     # Text stays text, and the same records give the same file.
     with matplotlib.rc_context(

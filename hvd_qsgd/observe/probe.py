@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_qsgd.stats import TensorStats
+from hvd_qsgd.observe.stats import TensorStats
 
 
 class Probe:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import html
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from hvd_qsgd.observe.json_lines import read_records
 from hvd_qsgd.observe.plots import draw
-from hvd_qsgd.stats import COUNTERS
+from hvd_qsgd.observe.reading import read_records
+from hvd_qsgd.observe.stats import COUNTERS
+from hvd_qsgd.text import plain
 
 Record = dict[str, Any]
+#: A label and records.
+Run = tuple[str, list[Record]]
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; max-width: 1180px;
@@ -53,10 +56,20 @@ def make_report(files: Sequence[str | Path]) -> str:
     Raises:
         ConfigError: a file holds no records, or matplotlib is not installed.
     """
+    return page_of(read_runs(files))
+
+
+def read_runs(files: Sequence[str | Path]) -> list[Run]:
+    """The records of each file, with a label that tells it from the others."""
     records = [read_records(file) for file in files]
     stems = [Path(file).stem for file in files]
     labels = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-    runs = list(zip(labels, records))
+    return [(plain(label), run) for label, run in zip(labels, records)]
+
+
+def page_of(runs: Sequence[Run]) -> str:
+    """The HTML of some runs."""
+    labels = [label for label, _ in runs]
     plots = "\n".join(
         f'<figure><h3>{escape(plot.title)}</h3><div role="img" aria-label="{escape(plot.text)}">{plot.svg}</div>'
         f"<figcaption>{escape(plot.text)}</figcaption></figure>"
@@ -107,7 +120,7 @@ def _summary(label: str, records: list[Record]) -> str:
         "last relative error": _number(total["relative_error"]),
         "last residual norm": _number(total["residual_norm"]),
     }
-    cards = "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in entries.items() if v)
+    cards = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in entries.items() if v)
     ended = datetime.datetime.fromtimestamp(last["time"], datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     decisions = "".join(
         f"<p>exchange=&quot;auto&quot;, {escape(what)}: {escape(choice)}</p>"
@@ -115,7 +128,7 @@ def _summary(label: str, records: list[Record]) -> str:
     )
     return (
         f"<h2>{escape(label)}</h2>\n<p><code>{escape(last['compressor'])}</code><br>"
-        f"rank {last['rank']} of {last['ranks']}, ended {ended}</p>\n<dl>{cards}</dl>\n{decisions}"
+        f"rank {escape(last['rank'])} of {escape(last['ranks'])}, ended {ended}</p>\n<dl>{cards}</dl>\n{decisions}"
     )
 
 
@@ -149,6 +162,11 @@ def _table(label: str, records: list[Record]) -> str:
         + "\n".join(rows)
         + "</tbody></table></div>"
     )
+
+
+def escape(value: Any) -> str:
+    """Any value as text of a page: no markup, and control characters are shown."""
+    return html.escape(plain(str(value)))
 
 
 def _megabytes(count: float) -> str:

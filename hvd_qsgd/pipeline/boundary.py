@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvd_qsgd.kernels.torch.untraced import untraced
 from hvd_qsgd.pipeline.channel import Received, Receiver, Sender, Settings
 from hvd_qsgd.pipeline.direction import Direction, check_pair
 
@@ -54,12 +55,14 @@ class Boundary(torch.nn.Module):
         for end in (*self.senders, *self.receivers):
             end.reset()
 
+    @untraced
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and not x.requires_grad:
             # The stage behind a real boundary always sends a gradient.
             x = x.detach().requires_grad_()
         return Crossing.apply(x, self)
 
+    @untraced
     def cross(self, way: int, x: torch.Tensor, place: dict[str, Any], mask: torch.Tensor | None = None) -> Received:
         """One message in the given direction (0 forward, 1 backward), made and decoded."""
         message, _ = self.senders[way].encode(x, mask=mask, **place)

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from hvd_qsgd.codecs.base import check_integer
+from hvd_qsgd.codecs.random_words import MASK64, key_of, stream_of
 from hvd_qsgd.errors import ConfigError, ExchangeError
 from hvd_qsgd.kernels.torch.plain import reinterpret
+from hvd_qsgd.observe.stats import TensorStats
 from hvd_qsgd.pipeline.coding import METHODS, Coder, Decoded, Plain, as_bytes, codec_of
 from hvd_qsgd.pipeline.direction import Direction
 from hvd_qsgd.pipeline.message import Header, bytes_of, check_tensor, unpack
 from hvd_qsgd.pipeline.row_store import RowStore
-from hvd_qsgd.random_words import MASK64, key_of, stream_of
-from hvd_qsgd.stats import TensorStats
 
 
 @dataclass(frozen=True)

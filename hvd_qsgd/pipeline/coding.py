@@ -114,7 +114,7 @@ class MixedFeedback(Plain):
     ) -> tuple[Parts, Decoded | None]:
         residual = read(self.store, keys, values)
         payloads = [coder.encode(values), coder.encode(residual)]
-        body = [as_bytes(torch.tensor([len(payloads[0])], dtype=torch.int32)).to(values.device), *payloads]
+        body = [as_bytes(torch.tensor([len(payloads[0])], dtype=torch.int32, device=values.device)), *payloads]
         decoded = self.decode(coder, torch.cat(body), keys, values.shape[1], values.device)
         if all_finite(decoded.values):
             write(self.store, keys, values + residual - decoded.values)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from hvd_qsgd.errors import ExchangeError
+from hvd_qsgd.kernels.torch.untraced import untraced
+from hvd_qsgd.observe.stats import Stats
 from hvd_qsgd.pipeline.boundary import WAYS
 from hvd_qsgd.pipeline.channel import End, Received, Receiver, Sender, Settings
 from hvd_qsgd.pipeline.direction import Direction
 from hvd_qsgd.pipeline.transport import CONTROL, Transport
-from hvd_qsgd.stats import Stats
 
 #: Where the other end is, as the difference of ranks.
 BEFORE, AFTER = -1, 1
@@ -45,6 +46,7 @@ class Ends:
                     name = f"boundary{boundary}.{WAYS[tag]}"
                     self.by_place[side, tag] = kind(name, directions[boundary][tag], settings)
 
+    @untraced
     def send(self, side: int, tag: int, x: torch.Tensor, **place: Any) -> torch.Tensor | None:
         """Send a tensor; arguments and the mask that is returned are those of :meth:`Sender.encode`."""
         sender = self.by_place[side, tag]
@@ -53,6 +55,7 @@ class Ends:
         self.transport.send(self._peer(side), tag, message)
         return mask
 
+    @untraced
     def receive(self, side: int, tag: int, device: torch.device, mask: torch.Tensor | None = None) -> Received:
         """Wait for the next tensor; see :meth:`Receiver.decode`."""
         receiver = self.by_place[side, tag]

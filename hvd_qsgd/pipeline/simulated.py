@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.observe.stats import Stats
 from hvd_qsgd.pipeline.base import Base, Directions, Loss, cut, evaluating
 from hvd_qsgd.pipeline.boundary import Boundary
 from hvd_qsgd.pipeline.channel import Settings, check_samples
-from hvd_qsgd.stats import Stats
 
 
 class SimulatedPipeline(Base, nn.Module):

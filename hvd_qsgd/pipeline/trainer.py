@@ -13,12 +13,12 @@ from torch import nn
 
 from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.observe.stats import Stats
 from hvd_qsgd.pipeline.base import Base, Directions, Loss, cut, evaluating
 from hvd_qsgd.pipeline.channel import Settings, check_samples
 from hvd_qsgd.pipeline.ends import AFTER, BEFORE, Ends
 from hvd_qsgd.pipeline.schedule import FORWARD, SCHEDULES, actions
 from hvd_qsgd.pipeline.transport import ACTIVATION, GRADIENT, StageError, Transport
-from hvd_qsgd.stats import Stats
 
 
 class Pipeline(Base):

@@ -64,7 +64,7 @@ class HorovodTransport(Transport):
         self._outgoing.append(self._start(self.rank, peer, tag, self._sent, message.cpu()))
 
     def receive(self, peer: int, tag: int) -> torch.Tensor:
-        handle = self._start(peer, self.rank, tag, self._received, torch.empty(0, dtype=torch.uint8))
+        handle = self._start(peer, self.rank, tag, self._received, torch.empty(0, dtype=torch.uint8, device="cpu"))
         self._await(lambda: self._look() and hvd.poll(handle), f"for message {tag} from rank {peer}")
         return self._finish(handle)
 
@@ -80,7 +80,7 @@ class HorovodTransport(Transport):
                 for tag in (ACTIVATION, GRADIENT, CONTROL) if peer != self.rank else ():
                     self._start(self.rank, peer, tag, self._sent, text)
                     self._start(peer, self.rank, tag, self._received, text)
-            told = hvd.allreduce_async(torch.ones(1), name="hvd_qsgd.pipeline.abort")
+            told = hvd.allreduce_async(torch.ones(1, device="cpu"), name="hvd_qsgd.pipeline.abort")
             deadline = time.monotonic() + GRACE_S
             while time.monotonic() < deadline and not hvd.poll(told):
                 time.sleep(PAUSE)
@@ -99,7 +99,9 @@ class HorovodTransport(Transport):
             )
         number = counter[peer, tag]
         counter[peer, tag] += 1
-        splits = torch.tensor([len(data) if rank == peer else 0 for rank in link.ranks], dtype=torch.int32)
+        splits = torch.tensor(
+            [len(data) if rank == peer else 0 for rank in link.ranks], dtype=torch.int32, device="cpu"
+        )
         name = f"hvd_qsgd.pipeline.{source}.{target}.{tag}.{number}"
         try:
             return int(hvd.alltoall_async(data, splits, name=name, process_set=link))

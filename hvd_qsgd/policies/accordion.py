@@ -65,6 +65,11 @@ class Accordion(Policy):
         else:
             self._sums[tensor.key] = gradient + 0
 
+    def forget(self, key: str) -> None:
+        self._sums.pop(key, None)
+        self._norms.pop(key, None)
+        self._calm.discard(key)
+
     def decide(self, epoch: int, learning_rate: float | None = None) -> dict[str, int]:
         norms = {name: float((total * total).sum()) ** 0.5 for name, total in self._sums.items()}
         self._sums.clear()

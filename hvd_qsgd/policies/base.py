@@ -18,21 +18,19 @@ class Tensor:
     Attributes:
         name: of the parameter.
         shape: of the parameter.
-        index: of its optimizer, whose parameters may have the names of those of another one; -1 without an optimizer.
+        key: under which its memory stands (see :mod:`hvd_qsgd.reduction.memory`); by default its name.
     """
 
     name: str
     shape: tuple[int, ...]
-    index: int = -1
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.key or self.name)
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def key(self) -> str:
-        """What is remembered of the tensor stands under this."""
-        return self.name if self.index < 0 else f"{self.index}/{self.name}"
 
 
 class Policy(ABC):
@@ -72,6 +70,10 @@ class Policy(ABC):
 
     def observe(self, tensor: Tensor, gradient: Any) -> None:
         """A mean gradient, finite, flat float32 of any backend; the memory is the caller's."""
+        return None
+
+    def forget(self, key: str) -> None:
+        """Free what was observed of a tensor that is gone."""
         return None
 
     def decide(self, epoch: int, learning_rate: float | None = None) -> dict[str, int]:

@@ -66,6 +66,10 @@ class LGreCo(Policy):
         else:
             self._last[tensor.key] = gradient + 0
 
+    def forget(self, key: str) -> None:
+        self._last.pop(key, None)
+        self._chosen.pop(key, None)
+
     def decide(self, epoch: int, learning_rate: float | None = None) -> dict[str, int]:
         if epoch % self.every or not self._last:
             return dict(self._chosen)

@@ -113,6 +113,10 @@ class Rules(Policy):
     def observe(self, tensor: Tensor, gradient: Any) -> None:
         self.policy_of(tensor).observe(tensor, gradient)
 
+    def forget(self, key: str) -> None:
+        for policy in self._policies:
+            policy.forget(key)
+
     # Decisions and states of the policies inside stand under their numbers.
 
     def decide(self, epoch: int, learning_rate: float | None = None) -> dict[str, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -39,7 +38,7 @@ class CallSite:
         process_set: whose ranks take part.
         tensors: what will be handed in together, this tensor among them.
         handed: the objects that stand for them: the tensors themselves, or variables or arrays.
-        names: by which all ranks know them; None where ``hvd.allreduce`` was called without a name.
+        names: of each; None where ``hvd.allreduce`` was called without a name.
         variables: whose gradients the tensors are, or None.
         graph: where all tensors are at hand; None where nothing is traced.
         grouped: whether the result goes into a grouped allreduce, whose tensors share a type.
@@ -99,19 +98,17 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
         if grouped:
             # Autograph moves the body of a loop, and what is assigned there, into a function.
             groups = (frame.f_locals.get("index_group") for _, frame in stack)
-            places = next(group for group in groups if isinstance(group, list))
+            variables = [gradients["vars"][i] for i in next(group for group in groups if isinstance(group, list))]
         elif _elastic():
-            places = [next(i for i, grad in enumerate(gradients["grads"]) if grad is tensor)]
+            variables = [next(v for grad, v in zip(gradients["grads"], gradients["vars"]) if grad is tensor)]
         else:
             # Each gradient is handed in inside of a tf.cond of its own; together they are at hand outside of it.
             marker = gradients["grads"]
-            members, places = list(marker), list(range(len(marker)))
+            members, variables = list(marker), list(gradients["vars"])
             graph = graph and graph.outer_graph
-        variables = [gradients["vars"][i] for i in places]
-        numbered = _numbered(gradients["grads"], gradients["vars"])
-        names = [numbered.get(i) for i in places]
+        names = [variable.name.partition(":")[0] for variable in variables]
     meeting = _meeting(caller, tensor) if marker is tensor else Meeting()
-    dense = [i for i, member in enumerate(members) if _is_dense(member)]
+    dense = [i for i, member in enumerate(members) if member is not None and not isinstance(member, tf.IndexedSlices)]
     return CallSite(
         process_set=caller["process_set"],
         tensors=[tf.convert_to_tensor(members[i]) for i in dense],
@@ -131,30 +128,6 @@ def _meeting(caller: dict[str, Any], tensor: Any) -> Meeting:
     if caller["name"] is None and not tf.executing_eagerly():
         name = f"HorovodAllreduce_{_normalize_name(tf.convert_to_tensor(tensor).name)}"
     return Meeting(name, caller["ignore_name_scope"])
-
-
-def _numbered(gradients: Sequence[Any], variables: Sequence[Any]) -> dict[int, str]:
-    """Names of the variables that have dense gradients, numbered where some of this call have the same name.
-
-    Ranks may have seen other variables of that name before.
-    """
-    seen: Counter[str] = Counter()
-    numbered = {}
-    for place, (gradient, variable) in enumerate(zip(gradients, variables)):
-        if _is_dense(gradient):
-            name = name_of(variable)
-            numbered[place] = f"{name}.{seen[name]}" if seen[name] else name
-            seen[name] += 1
-    return numbered
-
-
-def name_of(variable: Any) -> str:
-    """The name that the user gave, or a layer."""
-    return str(variable.name.partition(":")[0])
-
-
-def _is_dense(gradient: Any) -> bool:
-    return gradient is not None and not isinstance(gradient, tf.IndexedSlices)
 
 
 def _horovod_frames() -> Iterator[tuple[str, FrameType]]:

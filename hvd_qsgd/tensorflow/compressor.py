@@ -16,7 +16,6 @@ import json
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,21 +25,22 @@ import numpy as np
 import tensorflow as tf
 from typing_extensions import Self
 
-from hvd_qsgd.advisor import Advisor
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
-from hvd_qsgd.compressor import CompressorBase, class_or_instance
-from hvd_qsgd.cost import UNCOMPRESSED, Decision
+from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
+from hvd_qsgd.reduction.memory import NAMED, group_text
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
-from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site, in_loop, name_of
+from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site, in_loop
 from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan, after
 from hvd_qsgd.tensorflow.preflight import Preflight
+from hvd_qsgd.tuning.auto import Advisor
+from hvd_qsgd.tuning.cost import UNCOMPRESSED, Decision
 
 
 @dataclass
@@ -68,29 +68,12 @@ class Call:
     tickets: dict[int, list[Ticket]]
 
 
-class VariableNames:
-    """Keys of variables: their names, numbered where several variables have the same one.
-
-    A number is never given to another variable, so ranks agree whenever their memory is collected.
-    """
-
-    def __init__(self) -> None:
-        self._variables: dict[str, list[weakref.ref[Any]]] = {}
-
-    def key(self, name: str, variable: Any) -> str:
-        known = self._variables.setdefault(name, [])
-        number = next((i for i, other in enumerate(known) if other() is variable), len(known))
-        if number == len(known):
-            known.append(weakref.ref(variable))
-        return f"{name}.{number}" if number else name
-
-
 class Compressor(CompressorBase, tf.train.experimental.PythonState):
     """Horovod's compress/decompress interface around a codec.
 
     Use it as ``compression=`` of ``hvd.DistributedGradientTape``, ``hvd.DistributedOptimizer``,
     ``hvd.allreduce`` or ``hvd.grouped_allreduce``; both the class (all defaults) and an instance
-    work. The settings are those of :class:`hvd_qsgd.compressor.CompressorBase`, and one more.
+    work. The settings are those of :class:`hvd_qsgd.compressors.base.CompressorBase`, and one more.
 
     Args:
         kernels: what encodes: "numba" on the CPU, to which tensors of a GPU are copied, or "tensorflow" on the tensors'
@@ -124,16 +107,14 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
     def _begin(self, monitor: Monitor | None = None) -> None:
         super()._begin(monitor)
-        self._names = VariableNames()
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._call: Call | None = None
-        #: By process set, with which they go: Horovod gives its id to another one.
-        self._advisors: weakref.WeakKeyDictionary[Any, dict[Any, Advisor]] = weakref.WeakKeyDictionary()
+        self._advisor = Advisor()
         self._lock = threading.Lock()
 
     @classmethod
     def default(cls) -> Self:
-        """See :meth:`hvd_qsgd.compressor.CompressorBase.default`; it outlives the trace in which it is first used."""
+        """See :meth:`.CompressorBase.default`; it outlives the trace in which it is first used."""
         with tf.init_scope():
             return super().default()
 
@@ -219,10 +200,6 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         with self._lock:
             return any([self.monitor.starts(key) for key in keys])
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._names = VariableNames()
-
     def _ticket(self, site: CallSite, tensor: tf.Tensor) -> Ticket:
         call = self._call
         if call is None or call.site.marker is not site.marker or call.site.graph is not site.graph:
@@ -249,8 +226,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         return tickets
 
     def _plan(self, site: CallSite) -> Plan:
-        entries = [self._entry(site, i) for i in range(len(site.tensors))]
         process_set = site.process_set
+        keys = self._keys(site)
+        entries = [self._entry(site, i, key) for i, key in enumerate(keys)]
         device = self._device(site, entries)
         key = (process_set, process_set.process_set_id, process_set.size(), device, tuple(entries))
         if key not in self._plans:
@@ -280,7 +258,19 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
                 return None
         return device
 
-    def _entry(self, site: CallSite, index: int) -> Entry:
+    def _keys(self, site: CallSite) -> list[str]:
+        """The keys of the memory of a call's tensors."""
+        names = []
+        for index, (name, tensor) in enumerate(zip(site.names, site.tensors)):
+            if name is None:
+                dims = "x".join(map(str, tensor.shape)) if tensor.shape.rank is not None else "unknown"
+                name = f"unnamed.{dims}.{tensor.dtype.name}" + (f".{index}" if site.grouped else "")
+            names.append(name)
+        owners = site.variables or [NAMED] * len(names)
+        group = group_text(None if site.process_set.process_set_id == 0 else site.process_set.ranks)
+        return self._claim(list(zip(names, owners)), group)
+
+    def _entry(self, site: CallSite, index: int, key: str) -> Entry:
         tensor, name = site.tensors[index], site.names[index]
         shape = tensor.shape if site.variables is None else site.variables[index].shape
         known = shape.is_fully_defined()
@@ -291,25 +281,19 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             reason = self._reason_to_bypass(
                 described, tensor.dtype.name, tensor.dtype.is_floating, site.process_set.size()
             )
-        if name is None:
-            if not reason and self._feeds(Tensor("", dims)):
-                raise UnsupportedError(
-                    "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
-                    "Pass name=, or a compressor with error_feedback=False."
-                )
-            number = f".{index}" if site.grouped else ""
-            key = name = f"unnamed.{'x'.join(map(str, dims)) if known else 'unknown'}.{tensor.dtype.name}{number}"
-        elif site.variables is None:
-            key = name
-        else:
-            key = self._names.key(name_of(site.variables[index]), site.variables[index])
-        return Entry(key, name, dims, tensor.dtype.name, reason)
+        if name is None and not reason and self._feeds(Tensor("", dims)):
+            raise UnsupportedError(
+                "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
+                "Pass name=, or a compressor with error_feedback=False."
+            )
+        return Entry(key, dims, tensor.dtype.name, reason)
 
     def _make_plan(self, site: CallSite, entries: Sequence[Entry], backend: Backend) -> Plan:
         check_not_compiled()
         compressed = [entry for entry in entries if not entry.bypass]
         exchange = choose_exchange(self.exchange, self.codec, site.process_set.size())
-        preflight = Preflight(self._settings([]), list(map(str, entries)), site.process_set)
+        settings = {**self._settings([]), "tensors": list(map(str, entries))}
+        preflight = Preflight(settings, site.process_set)
         if compressed and self.exchange == AUTO:
             decision = self._decide(site, compressed, backend, preflight)
             self._stats.decisions[compressed[0].key] = str(decision)
@@ -328,24 +312,17 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         decides by itself, from what was measured.
         """
         elements = sum(entry.elements for entry in compressed)
-        kernels, process_set = backend.kernels(self.codec), site.process_set
-        group = f"set{process_set.process_set_id}"
-        advisors = self._advisors.setdefault(process_set, {})
-        key = (kernels, group, process_set.size())
-        advisor = advisors.get(key)
-        if advisor is None:
-            preflight.check(site.meeting.attend(preflight.words, site.graph, process_set))
-            advisor = Advisor()
-        decision = advisor.decide(
+        kernels, collectives = backend.kernels(self.codec), HorovodCollectives(site.process_set)
+        if not self._advisor.knows(kernels, collectives):
+            preflight.check(site.meeting.attend(preflight.words, site.graph, site.process_set))
+        return self._advisor.decide(
             kernels,
-            HorovodCollectives(process_set),
+            collectives,
             backend.empty,
-            group,
+            f"set{site.process_set.process_set_id}",
             elements,
             -(-elements // self.fusion_elements),
         )
-        advisors[key] = advisor
-        return decision
 
 
 @tf.custom_gradient

@@ -1,9 +1,9 @@
-"""A compressor for each codec, for TensorFlow; ``hvd_qsgd.family`` says what their settings mean.
+"""A compressor for each codec, for TensorFlow; ``hvd_qsgd.compressors.catalogue`` says what their settings mean.
 
 Those that TensorFlow cannot exchange are left out.
 """
 
-from hvd_qsgd import family as _family
+from hvd_qsgd.compressors import catalogue as _family
 from hvd_qsgd.tensorflow.compressor import Compressor as Compressor
 
 

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from hvd_qsgd.buffers import Buffers
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.collectives.horovod_tensorflow import INPUTS, HorovodCollectives, emit, inputs_of, outcome_of
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, start_exchange
 from hvd_qsgd.exchanges.base import Steps
-from hvd_qsgd.fusion import Slice, plan_bundles
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Tensor
-from hvd_qsgd.random_words import stream_of
+from hvd_qsgd.reduction.buffers import Buffers
+from hvd_qsgd.reduction.fusion import Slice, plan_bundles
 from hvd_qsgd.tensorflow.backends import HOST, Backend
 from hvd_qsgd.tensorflow.floats import with_subnormals
 from hvd_qsgd.tensorflow.preflight import Meeting, Preflight
@@ -47,13 +47,11 @@ class Entry:
     """A tensor of a plan.
 
     Attributes:
-        key: of what this rank remembers of it.
-        name: by which all ranks know it.
+        key: by which all ranks know it, and this one what it remembers of it.
         bypass: why it is left to Horovod, if it is.
     """
 
     key: str
-    name: str
     shape: tuple[int, ...]
     dtype: str
     bypass: str = ""
@@ -72,9 +70,8 @@ class Entry:
 
     def __str__(self) -> str:
         """What all ranks must agree on."""
-        return (
-            f"{self.dtype} {self.shape}, left to Horovod" if self.bypass else f"{self.name} {self.dtype} {self.shape}"
-        )
+        described = f"{self.dtype} {self.shape}"
+        return f"{described}, left to Horovod" if self.bypass else f"{self.key} {described}"
 
 
 @dataclass
@@ -215,9 +212,9 @@ class Plan:
         return bool(self.process_set.process_set_id == self._process_set_id)
 
     def _make_bundles(self) -> list[Bundle]:
-        index_of = {self.entries[i].name: i for i in self.compressed}
+        index_of = {self.entries[i].key: i for i in self.compressed}
         # Last layers first: their gradients come first.
-        lengths = [(self.entries[i].name, self.entries[i].elements) for i in reversed(self.compressed)]
+        lengths = [(self.entries[i].key, self.entries[i].elements) for i in reversed(self.compressed)]
         bundles = []
         compressor = self._compressor
         for slices in plan_bundles(lengths, compressor.codec.granularity, compressor.fusion_elements):
@@ -351,7 +348,8 @@ class Plan:
                 first=part.start,
                 keep_error=passage.corrected is not None or passage.measured,
                 shape=self.entries[index].shape,
-                memory=self._compressor._memory.setdefault(self.entries[index].key, {}),
+                memory=self._compressor.memory.of_codec(part.name),
+                dtype=self.entries[index].dtype,
             )
             pieces.append((passage, piece))
         job = Job(
@@ -371,7 +369,7 @@ class Plan:
 
     def _prepare(self, index: int, passage: Passage, x: Any) -> None:
         entry = self.entries[index]
-        passage.step = self._compressor._next_step(entry.key)
+        passage.step = self._compressor.memory.begin(entry.key)
         passage.source = x
         if self._compressor._feeds(entry.described):
             passage.source = passage.corrected = self._compressor.feedback.correct(entry.key, x, self._ranks)

@@ -9,9 +9,8 @@ trace by itself.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,9 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 
-from hvd_qsgd.agreement import check_settings, settings_message
 from hvd_qsgd.collectives.horovod_tensorflow import operation_name
 from hvd_qsgd.errors import ExchangeError
-
-LARGEST = 2**31 - 1
-#: Tensors that an error names.
-MOST_NAMED = 3
+from hvd_qsgd.reduction.agreement import check_settings, check_words, settings_message
 
 
 @dataclass(frozen=True)
@@ -75,35 +70,25 @@ class Preflight:
     """What this rank means by the exchange of some tensors.
 
     Args:
-        settings: that must be equal on all ranks.
-        tensors: as ranks may know them, in order.
+        settings: that must be equal on all ranks, "tensors" among them.
         process_set: whose ranks take part.
     """
 
-    def __init__(self, settings: Mapping[str, Any], tensors: Sequence[str], process_set: Any) -> None:
+    def __init__(self, settings: Mapping[str, Any], process_set: Any) -> None:
         self._settings = settings
-        self._tensors = list(tensors)
         self._process_set = process_set
-        text = json.dumps([settings, self._tensors])
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1
-        self.words = np.array([number, LARGEST - number], np.int32)
+        self.words = np.array(check_words(settings), np.int32)
 
     def check(self, largest: np.ndarray) -> None:
         """Raise ExchangeError, on all ranks, unless all have the same words, of which these are the largest."""
         if np.array_equal(largest, self.words):
             return
-        with tf.init_scope(), tf.device("/cpu:0"):
-            message = settings_message({**self._settings, "tensors": self._tensors})
+        # With a rank that has joined nothing can be gathered.
+        with tf.init_scope(), tf.device("/cpu:0"), contextlib.suppress(tf.errors.OpError):
             # Not named, as no rank does anything else, and no function, for which there may be no thread.
-            gathered = hvd.allgather(tf.constant(message), process_set=self._process_set).numpy()
-        ranks = [json.loads(line) for line in gathered.tobytes().decode().splitlines()]
-        lists = [other["tensors"] for other in ranks]
-        places = [i for i in range(max(map(len, lists))) if len({str(names[i : i + 1]) for names in lists}) > 1]
-        for other in [own := {**self._settings, "tensors": self._tensors}, *ranks]:
-            names = other["tensors"]
-            other["tensors"] = [names[i] if i < len(names) else "none" for i in places[:MOST_NAMED]]
-        check_settings(own, np.concatenate([settings_message(other) for other in ranks]))
+            gathered = hvd.allgather(tf.constant(settings_message(self._settings)), process_set=self._process_set)
+            check_settings(self._settings, gathered.numpy())
         raise ExchangeError(
-            f"The ranks do not mean the same exchange of {self._tensors[:MOST_NAMED]}. All ranks must run the same "
-            f"model with the same compressor settings."
+            f"The ranks do not mean the same exchange: here it is {self._settings}. All ranks must run the same model "
+            f"with the same compressor settings."
         )

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from hvd_qsgd.codecs import ThresholdTopK
-from hvd_qsgd.compressor import class_or_instance
+from hvd_qsgd.collectives.horovod_torch import wrap
+from hvd_qsgd.compressors.base import class_or_instance
 from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.feedback import MomentumCorrection
+from hvd_qsgd.kernels.torch.untraced import untraced
 from hvd_qsgd.policies import WarmUp
 from hvd_qsgd.torch.callsite import CallSite
 from hvd_qsgd.torch.compressor import Compressor
-from hvd_qsgd.torch.tensors import array_of
+from hvd_qsgd.torch.tensors import array_of, put_back
 
 
 @dataclass
@@ -45,7 +47,7 @@ class DGCCompressor(Compressor):
             that are not compressed get the same momentum after their allreduce.
         weight_decay: times the parameter, is added to gradients before they are accumulated.
         warm_up: ratios of the first epochs; none if empty.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -73,6 +75,8 @@ class DGCCompressor(Compressor):
         self.correction: MomentumCorrection = self.feedback  # type: ignore[assignment]
 
     @class_or_instance
+    @untraced
+    @torch.inference_mode(False)
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """See :meth:`Compressor.decompress`."""
         if not isinstance(context, Dense):
@@ -81,13 +85,14 @@ class DGCCompressor(Compressor):
         gradient = self._decayed(context.site, mean)
         momentum, store = self.correction.momentum, self.correction.velocity
         flat = gradient.reshape(-1).to(torch.float32)
-        before = torch.as_tensor(store.get(context.key)) if context.key in store else torch.zeros_like(flat)
+        before = wrap(store.get(context.key)) if context.key in store else torch.zeros_like(flat)
         velocity = before * momentum + flat
         # A step that is not finite will be skipped. A look at that would make the host wait for a device.
         finite = flat.isfinite().all()
         store.put(context.key, array_of(torch.where(finite, velocity, before)))
+        self._applied(context.site, context.key)
         step = torch.where(finite, flat + momentum * velocity if self.correction.nesterov else velocity, flat)
-        return step.view(mean.shape).to(mean.dtype)
+        return put_back(context.site, mean, step)
 
     def _gradient(self, site: CallSite, tensor: torch.Tensor) -> Any:
         return array_of(self._decayed(site, tensor))

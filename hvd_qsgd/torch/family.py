@@ -1,6 +1,6 @@
-"""A compressor for each codec, for torch; ``hvd_qsgd.family`` says what their settings mean."""
+"""A compressor for each codec, for torch; ``hvd_qsgd.compressors.catalogue`` says what their settings mean."""
 
-from hvd_qsgd import family as _family
+from hvd_qsgd.compressors import catalogue as _family
 from hvd_qsgd.torch.compressor import Compressor as Compressor
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -11,21 +10,23 @@ import numpy as np
 import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 
-from hvd_qsgd.agreement import check_settings, settings_message
-from hvd_qsgd.buffers import Buffers
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.engine import Engine, Span, Task
 from hvd_qsgd.errors import ExchangeError
 from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.exchanges.base import AllGather
-from hvd_qsgd.fusion import Slice
 from hvd_qsgd.kernels import kernels_for, torch_backend
-from hvd_qsgd.stats import TensorStats
+from hvd_qsgd.observe.stats import TensorStats
+from hvd_qsgd.reduction.agreement import check_settings, settings_message
+from hvd_qsgd.reduction.buffers import Buffers
+from hvd_qsgd.reduction.fusion import Slice
+from hvd_qsgd.reduction.progress import Engine, Span, Task
 from hvd_qsgd.torch.streams import on_own_stream
 
 #: Collectives of all compressors share one engine: whoever waits moves everybody's exchanges.
 ENGINE = Engine()
+#: Characters about tensors that a rank sends to all others, once; of more it sends a hash.
+MOST_TOLD = 1 << 14
 
 
 def empty_on(device: torch.device) -> Callable[[int, str], Any]:
@@ -61,11 +62,20 @@ def span_on(device: torch.device) -> Span:
 
 
 class Agreement:
-    """Whether all ranks have the same settings: asked with the first gradient, answered before the first result."""
+    """Whether all ranks have the same settings: asked with the first gradient, answered before the first result.
 
-    def __init__(self, name: str, settings: Mapping[str, Any], process_set: Any) -> None:
-        request = AllGather(f"set{process_set.process_set_id}.{name}", settings_message(settings))
-        self._settings = settings
+    Args:
+        name: the same on all ranks.
+        settings: see :meth:`hvd_qsgd.compressors.base.CompressorBase._settings`.
+        tensors: what is told where ranks differ in them, if it is not too much for a message.
+        process_set: whose ranks take part.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, Any], tensors: list[str], process_set: Any) -> None:
+        # No rank may have to ask for more later: others may have got an error from Horovod by then, and be gone.
+        listed = {"tensors": tensors} if sum(map(len, tensors)) <= MOST_TOLD else {}
+        self._settings = {**settings, **listed}
+        request = AllGather(name_in(process_set, f"settings.{name}"), settings_message(self._settings))
         self._handle = HorovodCollectives(process_set).start(request)
 
     def check(self) -> None:
@@ -75,6 +85,11 @@ class Agreement:
         except ExchangeError:
             ENGINE.abandon()
             raise
+
+
+def name_in(process_set: Any, name: str) -> str:
+    """Of a collective. Asked for when one starts: Horovod gives a set that is added again another id."""
+    return f"set{process_set.process_set_id}.{name}"
 
 
 class Flight:
@@ -150,7 +165,7 @@ class Bundle:
         exchange: str,
         device: torch.device,
         process_set: Any,
-        prefix: str,
+        prefix: str = "",
         threaded: bool = False,
     ) -> None:
         self.slices = slices
@@ -166,10 +181,11 @@ class Bundle:
         self._buffers = Buffers(empty_on(device))
         self._prefix = prefix
 
-    @functools.cached_property
+    @property
     def name(self) -> str:
         first = self.slices[0]
-        return f"{self._prefix}{first.name}[{first.start}]+{len(self.slices)}"
+        name = f"{self._prefix}{first.name}[{first.start}]+{len(self.slices)}"
+        return name_in(self.collectives.process_set, name)
 
     def flight_for(self, part: Slice) -> Flight:
         """The flight that takes this slice next.

@@ -22,8 +22,10 @@ import horovod.torch as hvd
 import torch
 from horovod.torch.elastic.state import StateHandler, get_handler_registry
 
+from hvd_qsgd.checks import WrongFieldError, shown
 from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.base import Names
+from hvd_qsgd.compressors.saved import check_saved
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.torch.compressor import Compressor
 from hvd_qsgd.torch.flights import ENGINE
@@ -157,13 +159,22 @@ def _split(value: Any, path: str) -> tuple[dict[str, torch.Tensor], Any]:
     return tensors, {"mapping": plain}
 
 
-def _join(plain: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of :func:`_split`."""
-    if "tensor" in plain:
-        return tensors[plain["tensor"]]
-    if "value" in plain:
-        return plain["value"]
-    return {key: _join(part, tensors) for key, part in plain["mapping"].items()}
+def _join(plain: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:
+    """The inverse of :func:`_split`.
+
+    Raises:
+        WrongFieldError: it is no outcome of ``_split``.
+    """
+    ((kind, content),) = plain.items() if isinstance(plain, dict) and len(plain) == 1 else [("", None)]
+    if kind == "value":
+        return content
+    if kind == "mapping" and isinstance(content, dict):
+        return {key: _join(part, tensors, f"{place}.{key}" if place else key) for key, part in content.items()}
+    if kind == "tensor" and isinstance(content, str) and content in tensors:
+        return tensors[content]
+    if kind == "tensor":
+        raise WrongFieldError(f"{place} is the tensor {shown(content)}, which the file lacks")
+    raise WrongFieldError(f"{place or 'all of it'} is neither a value nor a tensor nor a mapping")
 
 
 def read_state(path: Path) -> State:
@@ -183,7 +194,12 @@ def read_state(path: Path) -> State:
         raise ConfigError(f"{path} is damaged, or no file of safetensors: {error}") from None
     if "hvd_qsgd" not in metadata:
         raise ConfigError(f"{path} was not written by hvd_qsgd.torch.state.save.")
-    state: State = _join(json.loads(metadata["hvd_qsgd"]), tensors)
+    try:
+        state: State = _join(json.loads(metadata["hvd_qsgd"]), tensors, "")
+        check_saved(state)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, WrongFieldError) else f"its metadata cannot be read as JSON ({error})"
+        raise ConfigError(f"{path} holds a damaged state: {reason}. Go back to an earlier one.") from None
     return state
 
 

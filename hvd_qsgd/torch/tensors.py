@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,46 @@ def array_of(tensor: torch.Tensor) -> Any:
 
 def scaled(mean: torch.Tensor, carrier: torch.Tensor) -> torch.Tensor:
     """The mean, multiplied in place by the reduced carrier."""
-    if carrier.device.type != "cpu":
-        # Looking whether it is 1 would make the host wait for the device.
-        return mean.mul_(carrier.to(torch.float32))
-    factor = float(carrier)
-    return mean if factor == 1.0 else mean.mul_(factor)
+    with writable(mean):
+        if carrier.device.type != "cpu":
+            # Looking whether it is 1 would make the host wait for the device.
+            return mean.mul_(carrier.view(()).to(torch.float32))
+        factor = float(carrier)
+        return mean if factor == 1.0 else mean.mul_(factor)
+
+
+def writable(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Where a tensor of the caller's, perhaps made in ``torch.inference_mode()``, may be written to."""
+    return torch.inference_mode(tensor.is_inference())
+
+
+def put_back(site: CallSite, tensor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """The result as the caller of ``compress`` wants it for a tensor, in its type and shape.
+
+    Horovod's own are in the memory of the gradient, which may be part of a buffer that users clear, scale or clip.
+    """
+    if site.optimizer is None or overlaps_itself(tensor):
+        return result.to(tensor.dtype).view(tensor.shape)
+    with writable(tensor):
+        tensor.detach().copy_(result.view(tensor.shape))
+    return tensor
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory, as in what ``expand()`` makes."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def reducible(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor if Horovod can reduce it, or refuses what it is anyway; else a copy that it can reduce."""
+    if tensor.layout != torch.strided:
+        return tensor
+    return (tensor.to(torch.float32) if tensor.dtype == torch.bfloat16 else tensor).contiguous()
 
 
 def room_for_mean(site: CallSite, tensor: torch.Tensor, source: Any) -> tuple[Any, bool]:
@@ -42,11 +78,15 @@ def room_for_mean(site: CallSite, tensor: torch.Tensor, source: Any) -> tuple[An
     return (np.empty_like(source) if on_cpu else torch.empty_like(source)), False
 
 
+#: Of carriers, unlike that of any tensor: Horovod must not take one for what another rank leaves to it.
+CARRIER_SHAPE = (1, 1, 1, 1, 1, 1)
+
+
 def carrier_for(site: CallSite, tensor: torch.Tensor) -> torch.Tensor:
     """What Horovod reduces in place of a tensor: 1.0."""
     if site.grouped:
         # Horovod wants the tensors of a group on one device and of one type.
         dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
-        return torch.ones(1, dtype=dtype, device=tensor.device)
+        return torch.ones(CARRIER_SHAPE, dtype=dtype, device=tensor.device)
     # On the CPU, so that reading it does not wait for a device; float64 makes 1/n * n exact in float32.
-    return torch.ones(1, dtype=torch.float64)
+    return torch.ones(CARRIER_SHAPE, dtype=torch.float64, device="cpu")

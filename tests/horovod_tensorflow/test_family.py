@@ -12,13 +12,13 @@ from expectations import assert_equal
 from rank_checks import assert_same_on_all_ranks, gather, gradients_of, normal
 
 from hvd_qsgd import IntSGD, PowerSGD
+from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.collectives.simulated import simulate
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import Job, Piece, choose_exchange, start_exchange
 from hvd_qsgd.feedback import EF21, ErrorFeedback, LoCo
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.policies import WarmUp
-from hvd_qsgd.random_words import stream_of
 from hvd_qsgd.tensorflow import (
     Compressor,
     EliasQSGDCompressor,

@@ -12,6 +12,7 @@ import torch
 from expectations import REFERENCES, SHAPE, assert_equal, assert_within_a_level, reference_allgather
 
 from hvd_qsgd import Codec
+from hvd_qsgd.reduction.memory import group_text
 
 __all__ = ["REFERENCES", "SHAPE", "assert_equal", "assert_within_a_level", "reference_allgather"]
 
@@ -62,7 +63,7 @@ def by_ranks(codec: Codec) -> str:
 def normal(shape: Sequence[int], seed: int = 0, rank: int | None = None) -> torch.Tensor:
     """Normal numbers that differ between ranks."""
     generator = torch.Generator().manual_seed(1000 * seed + (hvd.rank() if rank is None else rank))
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(tuple(shape), generator=generator)
 
 
 def dyadic(shape: Sequence[int], seed: int = 0, rank: int | None = None) -> torch.Tensor:
@@ -117,7 +118,7 @@ def check_resumes(make: Callable[[], Any], shapes: Mapping[str, tuple[int, ...]]
         weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
         compressor = make()
         if saved is not None:
-            compressor.load_state_dict(torch.load(io.BytesIO(saved)))
+            compressor.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
         train(make_optimizer(weights, compressor), weights, seeds)
         assert_same_on_all_ranks(weights.values())
         if check is not None:
@@ -143,7 +144,6 @@ def check_gradients(
     step: int,
     *,
     factor: float = 1.0,
-    index: int = 0,
     seed: int = 0,
     bypassed: Collection[str] = (),
     reference: Callable[..., Any] = reference_allgather,
@@ -153,12 +153,13 @@ def check_gradients(
 
     Biases, small tensors and what is ``bypassed`` besides are plain means.
     """
+    group = "" if process_set is hvd.global_process_set else f" ({group_text(process_set.ranks)})"
     for name, parameter in parameters.items():
         inputs = gather(raw[name], process_set)
         if name in bypassed or parameter.dim() < 2 or parameter.numel() < 1024:
             mean = torch.stack(inputs).sum(0) / len(inputs)
         else:
-            mean = torch.from_numpy(reference(codec, inputs, f"{index}/{name}", step, seed))
+            mean = torch.from_numpy(reference(codec, inputs, f"{name}{group}", step, seed))
         assert parameter.grad.dtype == parameter.dtype
         assert_equal(parameter.grad, (mean * factor).to(parameter.dtype))
     assert_same_on_all_ranks([p.grad for p in parameters.values()], process_set)

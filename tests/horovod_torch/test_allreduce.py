@@ -13,6 +13,7 @@ from expectations import REFERENCES, SHAPE, assert_equal, assert_within_a_level,
 from rank_checks import assert_same_on_all_ranks, by_ranks, dyadic, gather, normal
 
 from hvd_qsgd import QSGD, Cast, Identity, TopK
+from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.torch import CastCompressor, Compressor, IdentityCompressor, QSGDCompressor, TopKCompressor
 from hvd_qsgd.torch.tensors import carrier_for
 
@@ -136,6 +137,13 @@ def test_what_has_no_name() -> None:
         assert_within_a_level(QSGD(), result, gather(tensor))
 
 
+def test_error_feedback_without_a_name() -> None:
+    with pytest.raises(UnsupportedError, match="without a name"):
+        hvd.allreduce(dyadic(SHAPE), compression=TopKCompressor)
+    with pytest.raises(UnsupportedError, match="without a name"):
+        hvd.grouped_allreduce([dyadic(SHAPE)], compression=TopKCompressor)
+
+
 @pytest.mark.parametrize("exchange", REFERENCES)
 def test_what_has_no_name_on_a_rank_that_is_slow(monkeypatch: pytest.MonkeyPatch, exchange: str) -> None:
     # Horovod names what has no name after the number of collectives so far, of ours as well.
@@ -240,3 +248,12 @@ def test_sparse_selection_that_is_not_finite_spoils_its_tensor() -> None:
     results = hvd.grouped_allreduce([x, normal(SHAPE)], name="x", compression=TopKCompressor(error_feedback=False))
     assert results[0].isnan().all()
     assert_equal(results[1], reference_allgather(TopK(), gather(normal(SHAPE)), "x.1", 0))
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_what_horovod_cannot_reduce_is_refused_in_its_words(rows: int) -> None:
+    ones = torch.ones(rows, 64)
+    for tensor in (ones.to_sparse(), ones.to(torch.complex64), ones.to(torch.bool)):
+        for compression in (hvd.Compression.none, QSGDCompressor(), TopKCompressor()):
+            with pytest.raises(ValueError, match=r"^Tensor type torch\.\S+ is not supported\."):
+                hvd.allreduce(tensor, name="refused", compression=compression)

@@ -24,15 +24,16 @@ from rank_checks import (
 )
 
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.torch import Compressor, QSGDCompressor, TopKCompressor
+from hvd_qsgd.feedback import EF21, ErrorFeedback, LoCo
+from hvd_qsgd.torch import Compressor, DGCCompressor, QSGDCompressor, TopKCompressor
 
 SHAPES = {"first": (40, 50), "bias": (50,), "second": (30, 41)}
 COMPRESSED = ["first", "second"]
 
 
-def residuals(compressor: Compressor, index: int = 0) -> dict[str, torch.Tensor]:
+def residuals(compressor: Compressor) -> dict[str, torch.Tensor]:
     held = compressor.state_dict()["arrays"]
-    return {name: held[f"residual/{index}/{name}"].clone() for name in COMPRESSED}
+    return {name: held[f"residual/{name}"].clone() for name in COMPRESSED}
 
 
 def state_digest(compressor: Compressor) -> torch.Tensor:
@@ -66,7 +67,7 @@ def test_what_is_not_sent_is_kept(compressor: Compressor, exact: bool) -> None:
         optimizer.zero_grad()
         raw = make_gradients(parameters, step)
         backward(parameters, raw)
-        optimizer.synchronize()
+        optimizer.step()
         assert_same_on_all_ranks([p.grad for p in parameters.values()])
         new = residuals(compressor)
         for name in COMPRESSED:
@@ -79,8 +80,6 @@ def test_what_is_not_sent_is_kept(compressor: Compressor, exact: bool) -> None:
                 torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
             assert new[name].any()
         old = new
-        with optimizer.skip_synchronize():
-            optimizer.step()
 
 
 def test_top_k_residuals_are_what_this_rank_kept_back() -> None:
@@ -117,17 +116,22 @@ def start(compressor: Any, **settings: Any) -> tuple[Parameters, Any]:
     ids=str,
 )
 def test_step_after_synchronize(settings: dict[str, Any], again: float, skip: bool, clip: bool) -> None:
-    compressor = TopKCompressor()
+    compressor, plain = TopKCompressor(), TopKCompressor()
     parameters, optimizer = start(compressor, **settings)
+    others, other_optimizer = start(plain, **settings)
     for seed in range(1, 4):
         for _ in range(settings.get("backward_passes_per_step", 1)):
             backward(parameters, make_gradients(parameters, seed))
+        before = residuals(compressor)
         optimizer.synchronize()
+        # A checkpoint has the weights of before the step.
+        for name, residual in residuals(compressor).items():
+            assert_equal(residual, before[name])
         if clip:
             torch.nn.utils.clip_grad_norm_(parameters.values(), 0.5)
         reduced = {name: p.grad.clone() for name, p in parameters.items()}
         weights = {name: p.detach().clone() for name, p in parameters.items()}
-        state, sent = state_digest(compressor), compressor.stats().wire_bytes
+        sent = compressor.stats().wire_bytes
         if skip:
             with optimizer.skip_synchronize():
                 optimizer.step()
@@ -138,10 +142,14 @@ def test_step_after_synchronize(settings: dict[str, Any], again: float, skip: bo
         for name, parameter in parameters.items():
             assert_equal(parameter.grad, reduced[name] * factor)
             assert_equal(parameter, weights[name] - LR * parameter.grad)
-        assert_equal(state_digest(compressor), state)
+        for _ in range(settings.get("backward_passes_per_step", 1)):
+            backward(others, make_gradients(others, seed))
+        other_optimizer.step()
+        assert_equal(state_digest(compressor), state_digest(plain))
         assert compressor.stats().wire_bytes == sent
         assert_same_on_all_ranks(parameters.values())
         optimizer.zero_grad()
+        other_optimizer.zero_grad()
 
 
 def test_gradients_that_come_after_synchronize_are_compressed() -> None:
@@ -149,11 +157,11 @@ def test_gradients_that_come_after_synchronize_are_compressed() -> None:
     parameters, optimizer = start(compressor)
     backward(parameters, make_gradients(parameters, 1))
     optimizer.synchronize()
-    exchanges = compressor.stats().tensors["0/first"].exchanges
+    exchanges = compressor.stats().tensors["first"].exchanges
     backward(parameters, make_gradients(parameters, 2))
     with pytest.warns(UserWarning, match="without optimizer.skip_synchronize"):
         optimizer.step()
-    assert compressor.stats().tensors["0/first"].exchanges == exchanges + 1
+    assert compressor.stats().tensors["first"].exchanges == exchanges + 1
     assert_same_on_all_ranks(parameters.values())
 
 
@@ -177,6 +185,75 @@ def test_a_step_that_was_skipped_after_synchronize(then: str) -> None:
         optimizer.step()
 
 
+FEEDBACKS = [
+    lambda: TopKCompressor(),
+    lambda: TopKCompressor(error_feedback=ErrorFeedback("int8")),
+    lambda: TopKCompressor(error_feedback=EF21()),
+    lambda: QSGDCompressor(rounding="nearest", error_feedback=LoCo()),
+    lambda: QSGDCompressor(rounding="nearest", error_feedback=LoCo(kept_as="float32")),
+    lambda: DGCCompressor(0.01, warm_up=()),
+]
+
+
+@pytest.mark.parametrize("make", FEEDBACKS, ids=lambda make: repr(make()))
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_dropped_leave_no_trace(make: Any, set_to_none: bool) -> None:
+    """As those that the loss of a generator makes in a discriminator."""
+    ends = []
+    for drops in (False, True):
+        compressor = make()
+        parameters, optimizer = start(compressor)
+        for seed in range(1, 4):
+            for dropped in (70, 71) if drops else ():
+                before = compressor.state_dict()
+                backward(parameters, make_gradients(parameters, dropped + seed))
+                optimizer.synchronize()
+                after = compressor.state_dict()
+                for part in ("arrays", "numbers"):
+                    assert before[part].keys() == after[part].keys()
+                    for name in before[part]:
+                        assert_equal(torch.as_tensor(after[part][name]), torch.as_tensor(before[part][name]))
+                for parameter in parameters.values():
+                    parameter.grad = None if set_to_none else parameter.grad.zero_()
+            train(optimizer, parameters, [seed])
+            optimizer.zero_grad()
+        state = compressor.state_dict()
+        ends.append(digest([*parameters.values(), *state["arrays"].values()]))
+    assert_equal(ends[1], ends[0])
+
+
+def test_synchronized_gradients_may_be_added_up() -> None:
+    """A program that synchronizes after each of several backward passes applies them all."""
+    compressor = TopKCompressor()
+    parameters, optimizer = start(compressor)
+    weights, before = {n: p.detach().clone() for n, p in parameters.items()}, residuals(compressor)
+    raw = [make_gradients(parameters, seed) for seed in (1, 2)]
+    for gradients in raw:
+        backward(parameters, gradients)
+        optimizer.synchronize()
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    after = residuals(compressor)
+    for name in COMPRESSED:
+        arrived = (weights[name] - parameters[name].detach()).double().view(-1) * hvd.size() / LR + total(after[name])
+        sent = total(before[name]) + sum(total(gradients[name]) for gradients in raw)
+        torch.testing.assert_close(arrived, sent, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", FEEDBACKS[:5], ids=lambda make: repr(make()))
+def test_single_tensors_that_are_not_applied(make: Any) -> None:
+    compressor = make()
+    x = dyadic((60, 70))
+    hvd.allreduce(x, name="x", compression=compressor)
+    before = compressor.state_dict()["arrays"]
+    hvd.allreduce(3 * x, name="x", compression=compressor)
+    compressor.discard_last()
+    after = compressor.state_dict()["arrays"]
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert_equal(after[name], array)
+
+
 # -- what is not finite -----------------------------------------------------------------------
 
 
@@ -198,7 +275,7 @@ def test_residuals_survive_what_is_not_finite(compressor: Compressor) -> None:
         if hvd.rank() == hvd.size() - 1:
             raw["first"].view(-1)[700] = value
         backward(parameters, raw)
-        optimizer.synchronize()
+        optimizer.step()
         assert_same_on_all_ranks([p.grad for p in parameters.values()])
         spoiled = parameters["first"].grad.isnan().view(-1)
         if isinstance(compressor, TopKCompressor):

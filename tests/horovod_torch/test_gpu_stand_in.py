@@ -16,13 +16,13 @@ from rank_checks import assert_same_on_all_ranks, backward, make_gradients, make
 from hvd_qsgd import Codec, EliasQSGD, RowTopK, TopK
 from hvd_qsgd.collectives import horovod_torch
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
-from hvd_qsgd.engine import run_exchange
 from hvd_qsgd.exchanges import Job, Piece, allgather, start_exchange
 from hvd_qsgd.exchanges.base import prepared
 from hvd_qsgd.feedback import MomentumCorrection
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.kernels.torch import transfer
 from hvd_qsgd.kernels.torch.topk import TopKKernels
+from hvd_qsgd.reduction.progress import run_exchange
 from hvd_qsgd.torch import (
     CastCompressor,
     DGCCompressor,

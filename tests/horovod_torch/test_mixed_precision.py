@@ -7,7 +7,7 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from rank_checks import assert_same_on_all_ranks, normal
+from rank_checks import assert_equal, assert_same_on_all_ranks, digest, normal
 
 from hvd_qsgd.torch import QSGDCompressor, TopKCompressor
 
@@ -19,14 +19,14 @@ COMPRESSORS = {
 }
 
 
-def made(compression: Any, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Any]:
+def made(compression: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[torch.nn.Module, Any]:
     torch.manual_seed(0)
     # Without biases, which would go through Horovod and tell of an overflow that compression hides.
     layers = [torch.nn.Linear(40, 64, bias=False), torch.nn.ReLU(), torch.nn.Linear(64, 32, bias=False)]
     model = torch.nn.Sequential(*layers).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     named = list(model.named_parameters())
-    return model, hvd.DistributedOptimizer(optimizer, named_parameters=named, compression=compression)
+    return model, hvd.DistributedOptimizer(optimizer, named_parameters=named, compression=compression, **settings)
 
 
 @pytest.mark.parametrize("kind", COMPRESSORS)
@@ -87,3 +87,46 @@ def test_a_compiled_model_trains_to_the_same_bits() -> None:
         ended.append([p.detach().clone() for p in model.parameters()])
         assert_same_on_all_ranks(model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(*ended))
+
+
+def graphs() -> int:
+    """How many graphs torch.compile has made so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("compiled", ["optimizer.step", "step", "step and backward pass"])
+def test_a_compiled_step_trains_to_the_same_bits(compiled: str) -> None:
+    """Horovod's functions and ours are left as they are in it, also where the backward pass calls them."""
+
+    def trained(compression: Any, compiled: str, **settings: Any) -> torch.Tensor:
+        torch._dynamo.reset()
+        model, optimizer = made(compression, **settings)
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            update()
+            return hvd.allreduce(x + 1.0, name="compiled", compression=compression)
+
+        def update() -> None:
+            optimizer.step()
+
+        if compiled == "optimizer.step":
+            update = torch.compile(update, backend="aot_eager")
+        elif compiled:
+            step = torch.compile(step, backend="aot_eager")
+        before, means = graphs(), []
+        with torch._dynamo.config.patch(compiled_autograd=compiled == "step and backward pass"):
+            for seed in range(3):
+                means.append(step(normal((40, 40), seed)))
+        assert bool(graphs() - before) == bool(compiled)
+        records = compression.stats().tensors
+        compressed = {name: record.exchanges for name, record in records.items() if not record.bypassed}
+        assert compressed == {"0.weight": 3, "2.weight": 3, "compiled": 3}
+        return digest([*model.parameters(), *means])
+
+    assert_equal(trained(TopKCompressor(0.1), compiled, groups=1), trained(TopKCompressor(0.1), "", groups=1))
+    if compiled == "step":
+        QSGDCompressor._default = None
+        assert_equal(trained(QSGDCompressor, compiled), trained(QSGDCompressor(), ""))

@@ -123,13 +123,13 @@ def test_errors_equal_an_independent_computation(exchange: str) -> None:
     for step, record in enumerate(sink.records):
         lost, whole = [], []
         for name in SHAPES:
-            tensor, x = record.stats.tensors[f"0/{name}"], gradients[step][name].numpy()
+            tensor, x = record.stats.tensors[f"{name}"], gradients[step][name].numpy()
             if name == "bias":
                 assert tensor.bypassed and tensor.relative_error is None and tensor.input_norm is None
                 continue
             assert tensor.input_norm == pytest.approx(np.linalg.norm(x.astype(np.float64)), rel=1e-5)
             assert tensor.residual_norm is None and tensor.codec == repr(codec)
-            error = x - decoded(codec, x, key(f"0/{name}", RANK, step))
+            error = x - decoded(codec, x, key(f"{name}", RANK, step))
             if exchange == "allgather":
                 assert tensor.lost_norm == pytest.approx(np.linalg.norm(error), rel=1e-5)
                 assert tensor.relative_error == pytest.approx(np.linalg.norm(error) / np.linalg.norm(x), rel=1e-5)
@@ -175,7 +175,7 @@ def test_the_choice_of_auto_is_in_the_records() -> None:
     assert not sink.records[0].stats.decisions
     (decision,) = sink.records[-1].stats.decisions.values()
     assert "predicted" in decision
-    assert "measures in the first steps" in sink.records[0].stats.tensors["0/first"].bypassed
+    assert "measures in the first steps" in sink.records[0].stats.tensors["first"].bypassed
 
 
 def test_rank_0_alone_writes_a_file_and_its_lines_are_the_records(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_rank_0_alone_writes_a_file_and_its_lines_are_the_records(tmp_path: Path
     hvd.barrier()
     lines = read_records(directory / "run.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
-    assert lines[0]["tensors"]["0/first"]["payload_bytes"] > 0 and lines[0]["ranks"] == RANKS
+    assert lines[0]["tensors"]["first"]["payload_bytes"] > 0 and lines[0]["ranks"] == RANKS
     if RANK == 0:
         assert lines == [{"version": 1, **json.loads(json.dumps(record.as_dict()))} for record in kept.records]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import shutil
@@ -14,7 +15,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from expectations import assert_equal
-from rank_checks import backward, digest, gather, make_gradients, make_optimizer, make_parameters, train
+from rank_checks import LR, backward, digest, gather, make_gradients, make_optimizer, make_parameters, train
 
 from hvd_qsgd import TopK
 from hvd_qsgd.collectives import horovod_torch
@@ -183,7 +184,7 @@ def test_estimates_are_checked_in_one_order_on_all_ranks() -> None:
     compressor.check_state()
     if hvd.rank() == 0:
         compressor.reset()
-    with pytest.raises(ExchangeError, match="do not fit together: only one of them has mean/0/first"):
+    with pytest.raises(ExchangeError, match="do not fit together: only one of them has mean/first"):
         compressor.check_state()
 
 
@@ -191,7 +192,7 @@ def test_ranks_that_were_interrupted_in_different_steps_meet_in_the_mean() -> No
     """As if rank 0 alone had committed the last step before Horovod died."""
     compressor, _ = run(TopKCompressor, make_parameters(SHAPES), range(2))
     if hvd.rank() == 0:
-        compressor._steps = {key: step + 1 for key, step in compressor._steps.items()}
+        compressor.memory.steps = {key: step + 1 for key, step in compressor.memory.steps.items()}
     before = states.gather(compressor)["states"]
     states.CompressorStateHandler(compressor).sync()
     now = compressor.state_dict()
@@ -199,3 +200,67 @@ def test_ranks_that_were_interrupted_in_different_steps_meet_in_the_mean() -> No
     for path, array in now["arrays"].items():
         mean = torch.stack([state["arrays"][path] for state in before]).double().mean(0)
         torch.testing.assert_close(array.double(), mean, rtol=0, atol=1e-6)
+
+
+# -- optimizers that are made anew -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clone", [False, True])
+def test_an_optimizer_that_is_made_anew_goes_on_with_the_residuals(clone: bool) -> None:
+    """As where a layer is unfrozen: of an instance, the residuals go to the parameter or to its namesake."""
+    weights = make_parameters(SHAPES)
+    compressor = TopKCompressor(0.1)
+    seeds = range(8)
+    start = weights["first"].detach().clone()
+    train(make_optimizer({"first": weights["first"]}, compressor), {"first": weights["first"]}, seeds[:4])
+    # Horovod's hooks of the old optimizer hold it in a cycle.
+    gc.collect()
+    if clone:
+        weights["first"] = torch.nn.Parameter(weights["first"].detach().clone())
+    train(make_optimizer(weights, compressor), weights, seeds[4:])
+    arrays = compressor.state_dict()["arrays"]
+    assert set(arrays) == {"residual/first", "residual/second"}
+    assert compressor.state_dict()["steps"] == {"first": 7, "second": 3}
+    # The first in either optimizer, so that its gradients are those of both.
+    sent = sum(make_gradients({"first": weights["first"]}, seed)["first"].double() for seed in seeds)
+    arrived = (start - weights["first"].detach()).double() / LR
+    total = torch.stack(gather(arrays["residual/first"].view_as(start).double() - sent)).mean(0)
+    torch.testing.assert_close(total, -arrived, rtol=0, atol=1e-4)
+
+
+def test_the_class_frees_what_belongs_to_a_training_that_has_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """As in a loop over folds: each begins as if it were the first."""
+    TopKCompressor._default = None
+    ends = []
+    for _ in range(3):
+        weights = make_parameters(SHAPES)
+        train(make_optimizer(weights, TopKCompressor), weights, range(3))
+        arrays = TopKCompressor.state_dict()["arrays"]
+        assert set(arrays) == {"residual/first", "residual/second"}
+        ends.append(digest([*weights.values(), *arrays.values()]))
+        del weights
+    assert_equal(ends[1], ends[0])
+    assert_equal(ends[2], ends[0])
+    assert "new ones of the same names start without their residuals: 'second', 'first'" in caplog.text or (
+        "new ones of the same names start without their residuals: 'first', 'second'" in caplog.text
+    )
+    TopKCompressor._default = None
+
+
+@pytest.mark.parametrize("names", [("", "_orig_mod."), ("_orig_mod.", "")], ids=["compiled", "plain"])
+def test_a_state_fits_a_model_with_and_without_a_wrapper(names: tuple[str, str]) -> None:
+    """torch.compile() changes the names of parameters."""
+    beginning = make_parameters(SHAPES)
+    uninterrupted = end(*run(TopKCompressor, beginning, range(6)))
+
+    def run_named(prefix: str, start: Any, seeds: range, state: Any = None) -> tuple[Compressor, Any]:
+        weights = {name: torch.nn.Parameter(p.detach().clone()) for name, p in start.items()}
+        compressor = TopKCompressor()
+        if state is not None:
+            compressor.load_state_dict(state)
+        optimizer = make_optimizer({prefix + name: p for name, p in weights.items()}, compressor)
+        train(optimizer, weights, seeds)
+        return compressor, weights
+
+    half, weights = run_named(names[0], beginning, range(3))
+    assert_equal(end(*run_named(names[1], weights, range(3, 6), half.state_dict())), uninterrupted)

@@ -9,14 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.base import Kernels, mode_number
 from hvd_qsgd.codecs.cast import NAN_BITS, Cast
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.intrinsics import bits_of, float_of
 from hvd_qsgd.kernels.numba.reduce import all_finite
-
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 MAGNITUDE, INFINITY = (np.uint32(bits) for bits in (0x7FFFFFFF, 0x7F800000))
 #: The exponents of float32 are biased by so much more than those of float16.

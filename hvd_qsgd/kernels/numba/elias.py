@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.elias import FIXED_WIDTH, EliasQSGD, damaged
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.reduce import all_finite
 from hvd_qsgd.kernels.numba.topk import pack_bits_at
-
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @jit
@@ -115,15 +116,17 @@ class EliasKernels(Kernels):
         return codec.write(out, fixed, at, packed if bits < 0 else packed[: (bits + 7) // 8], count)
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
+        at_once(self.prepare_decode(payload, out.size))(out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
         codec = self.codec
-        at, count = codec.check_header(payload, out.size)
+        at, count = codec.check_header(payload, length)
         if count == FIXED_WIDTH:
-            codec.decode_into(payload, out, mode)
-            return
-        levels = np.zeros(out.size, np.int32)
+            return (yield from codec.prepare_decode(payload, length))
+        levels = np.zeros(length, np.int8)
         if not unpack(payload[at:], count, levels, codec.quantizer.levels):
-            raise damaged(out.size, count)
-        codec.add_levels(levels, payload[: at - 4], out, mode)
+            raise damaged(length, count)
+        return functools.partial(codec.add_levels, levels, payload[: at - 4])
 
     def all_finite(self, x: np.ndarray) -> bool:
         return all_finite(x)

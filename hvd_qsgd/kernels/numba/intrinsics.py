@@ -10,7 +10,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
+from hvd_qsgd.codecs.random_words import MULTIPLIER_1, MULTIPLIER_2
 
 I32 = ir.IntType(32)
 
@@ -21,7 +21,7 @@ def constant(value: int) -> ir.Constant:
 
 @intrinsic
 def random_word(typingctx, index, key_low, key_high):  # type: ignore[no-untyped-def]
-    """One word of :func:`hvd_qsgd.random_words.words`; all arguments and the result are uint32."""
+    """One word of :func:`hvd_qsgd.codecs.random_words.words`; all arguments and the result are uint32."""
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         index, key_low, key_high = arguments

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.base import Kernels, mode_number
 from hvd_qsgd.codecs.minmax import LIMITS_BYTES, MinMax, limits
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.qsgd import pack_bucket, unpack_bucket
 from hvd_qsgd.kernels.numba.reduce import all_finite
-
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @jit

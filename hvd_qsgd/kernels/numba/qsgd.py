@@ -6,14 +6,16 @@ it sits in the first-level cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.base import Kernels, mode_number
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NAN_BITS, NORM_LANES, QSGD, TINY
+from hvd_qsgd.codecs.readback import Looks
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.intrinsics import (
     add_level,
     dequantize,
@@ -31,7 +33,6 @@ from hvd_qsgd.kernels.threads import in_parts
 LIFT = np.float32(1 / TINY)
 ZERO, ONE = np.float32(0), np.float32(1)
 NAN = np.float32(np.nan)
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @jit
@@ -378,10 +379,16 @@ class QSGDKernels(Kernels):
 
         in_parts(out.size, codec.bucket_size, call)
 
-    def average_into(self, message: np.ndarray, spans: Sequence[tuple[int, int]], out: np.ndarray) -> None:
-        codec = self.codec
+    def prepare_average(
+        self, message: np.ndarray, spans: Sequence[tuple[int, int]], length: int
+    ) -> Looks[Callable[[np.ndarray], None]]:
+        yield from ()
         for start, stop in spans:
-            codec.check_payload(message[start:stop], out.size)
+            self.codec.check_payload(message[start:stop], length)
+        return functools.partial(self._average, message, spans)
+
+    def _average(self, message: np.ndarray, spans: Sequence[tuple[int, int]], out: np.ndarray) -> None:
+        codec = self.codec
         scales = np.array([start for start, _ in spans], np.int64)
         codes = scales + 4 * codec.buckets(out.size)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.qsgd import INFINITY_BITS
+from hvd_qsgd.kernels.numba.compiling import jit
 
 
-@njit(nogil=True, cache=True)
+@jit
 def largest_magnitude(patterns):  # type: ignore[no-untyped-def]
     """Bit pattern of the largest magnitude among float32 bit patterns (int32).
 
@@ -20,7 +20,7 @@ def largest_magnitude(patterns):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(nogil=True, cache=True)
+@jit
 def folded(sums):  # type: ignore[no-untyped-def]
     """The sum of a power of two of sums, which it overwrites, in the order of :func:`hvd_qsgd.codecs.qsgd.row_sums`."""
     half = len(sums) // 2

@@ -6,14 +6,16 @@ The rows of a batch are short: calls for each of them would take longer than the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.base import mode_number
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.rows import Rows, RowsKernels
 from hvd_qsgd.codecs.topk import HEADER, INFINITY_BITS, LARGEST_HALF, NOT_FINITE, TopK, form_size, smallest_form
 from hvd_qsgd.kernels.numba.cast import from_half, to_half
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.reduce import largest_magnitude
 from hvd_qsgd.kernels.numba.topk import (
     BIN_SHIFT,
@@ -26,7 +28,6 @@ from hvd_qsgd.kernels.numba.topk import (
     unpack_positions,
 )
 
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 size_of_positions = jit(form_size)
 HEAD = HEADER.size
 #: Instead of the number of values of a row that holds NaN or an infinity.
@@ -91,31 +92,60 @@ def write(counts, places, values, value_bytes, forms, ends, out):  # type: ignor
 
 
 @jit
-def read(payload, spans, length, value_bytes, out, mode):  # type: ignore[no-untyped-def]
-    """Decode rows up to the first without finite values, or without a payload of its own; returns its number."""
+def read_heads(payload, spans, length, last, value_bytes, counts):  # type: ignore[no-untyped-def]
+    """How many values each row has, up to the first row without a payload of its own; returns its number.
+
+    Rows have ``length`` elements, the last one ``last``.
+    """
     for row in range(len(spans)):
-        part, target = payload[spans[row, 0] : spans[row, 1]], out[row * length : (row + 1) * length]
-        if len(part) < HEAD or part[0] >= NOT_FINITE or part[1] > 32:
+        part = payload[spans[row, 0] : spans[row, 1]]
+        elements = length if row < len(spans) - 1 else last
+        if len(part) < HEAD or part[0] > NOT_FINITE or part[1] > 32:
             return row
         form, low_bits, count = np.int64(part[0]), np.int64(part[1]), np.int64(0)
         for byte in range(4):
             count |= np.int64(part[4 + byte]) << (8 * byte)
+        size = HEAD
+        if form != NOT_FINITE:
+            size += count * value_bytes + size_of_positions(elements, count, form, low_bits)
+        if count > elements or len(part) != size:
+            return row
+        counts[row] = SPOILED if form == NOT_FINITE else count
+    return len(spans)
+
+
+@jit
+def read(payload, spans, length, last, value_bytes, counts, places, values):  # type: ignore[no-untyped-def]
+    """Positions and values of all rows, up to the first whose positions cannot be; returns its number."""
+    done = 0
+    for row in range(len(counts)):
+        part, count = payload[spans[row, 0] : spans[row, 1]], max(counts[row], 0)
         at = HEAD + count * value_bytes
-        if count > len(target) or len(part) != at + size_of_positions(len(target), count, form, low_bits):
+        of_row = places[done : done + count]
+        if unpack_positions(part[at:], of_row, np.int64(part[0]), np.int64(part[1])) != count:
             return row
-        places = np.empty(count, np.int64)
-        if unpack_positions(part[at:], places, form, low_bits) != count or not ascending_below(places, len(target)):
+        if not ascending_below(of_row, length if row < len(spans) - 1 else last):
             return row
-        values = np.empty(count, np.float32)
         if value_bytes == 4:
-            values.view(np.uint8)[:] = part[HEAD:at]
+            values[done : done + count].view(np.uint8)[:] = part[HEAD:at]
         else:
             for i in range(count):
-                values[i] = from_half(part[HEAD + 2 * i] | np.uint32(part[HEAD + 2 * i + 1]) << 8)
-        if mode == 0:
+                values[done + i] = from_half(part[HEAD + 2 * i] | np.uint32(part[HEAD + 2 * i + 1]) << 8)
+        done += count
+    return len(counts)
+
+
+@jit
+def combine_rows(counts, places, values, length, out, mode):  # type: ignore[no-untyped-def]
+    done = 0
+    for row in range(len(counts)):
+        target, count = out[row * length : (row + 1) * length], max(counts[row], 0)
+        if counts[row] == SPOILED:
+            target[:] = np.float32(np.nan)
+        elif mode == 0:
             target[:] = 0
-        scatter(places, values, target, mode)
-    return len(spans)
+        scatter(places[done : done + count], values[done : done + count], target, mode)
+        done += count
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,18 +185,22 @@ class RowsTopKKernels(RowsKernels):
         write(counts, places, data, codec.value_bytes, forms, ends, out[table:size])
         return size
 
-    def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        length, number = self.codec.length, mode_number(mode)
-        table = payload[: self.codec.sizes_bytes(len(out))]
-        spans = np.array(self.codec.spans(table, len(out), len(payload)), np.int64).reshape(-1, 2)
-        row = 0
-        while row < len(spans):
-            row += read(payload, spans[row:], length, self.inner.codec.value_bytes, out[row * length :], number)
-            if row < len(spans):
-                # The kernels for one row know what to make of it, or what to say.
-                start, stop = spans[row]
-                self.inner.decode_into(payload[start:stop], out[row * length : (row + 1) * length], mode)
-                row += 1
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        value_bytes = self.inner.codec.value_bytes
+        table = payload[: self.codec.sizes_bytes(length)]
+        spans = np.array(self.codec.spans(table, length, len(payload)), np.int64).reshape(-1, 2)
+        shape = self.codec.length, length - self.codec.length * (len(spans) - 1), value_bytes
+        counts = np.empty(len(spans), np.int64)
+        good = counts[: read_heads(payload, spans, *shape, counts)]
+        room = int(np.maximum(good, 0).sum())
+        places, values = np.empty(room, np.int64), np.empty(room, np.float32)
+        if read(payload, spans, *shape, good, places, values) < len(spans):
+            # The kernels for one row know what to say of it.
+            return (yield from super().prepare_decode(payload, length))
+        return functools.partial(self._combine, counts, places, values)
+
+    def _combine(self, counts: np.ndarray, places: np.ndarray, values: np.ndarray, out: np.ndarray, mode: str) -> None:
+        combine_rows(counts, places, values, self.codec.length, out, mode_number(mode))
 
     def _value_bytes(self, values: np.ndarray) -> np.ndarray:
         if self.inner.codec.values == "float16":

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.base import Kernels, mode_number
 from hvd_qsgd.codecs.qsgd import NORM_LANES
 from hvd_qsgd.codecs.sign import Sign
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.reduce import all_finite, folded
-
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @jit

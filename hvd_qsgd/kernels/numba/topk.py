@@ -7,12 +7,14 @@ over exponent and leading mantissa bits gives a threshold that is right.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
-from hvd_qsgd.codecs.base import Kernels, combine, mode_number
+from hvd_qsgd.codecs.base import Kernels, mode_number
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.codecs.topk import (
     BITMAP,
     GAPS,
@@ -22,10 +24,12 @@ from hvd_qsgd.codecs.topk import (
     NOT_FINITE,
     PLAIN,
     TopK,
+    combine_nan,
     form_size,
     smallest_form,
 )
 from hvd_qsgd.errors import PayloadError
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.reduce import all_finite, largest_magnitude
 
 #: Magnitudes have 31 bits; the bins take the upper 11 of them.
@@ -34,7 +38,6 @@ BINS = 1 << (31 - BIN_SHIFT)
 BLOCK = 64
 #: About how many elements the first guess of the threshold is made from.
 SAMPLE = 1 << 14
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @jit
@@ -193,6 +196,14 @@ def scatter(positions, values, out, mode):  # type: ignore[no-untyped-def]
             out[positions[i]] += values[i]
 
 
+def combine_at(positions: np.ndarray, values: np.ndarray, out: np.ndarray, mode: str) -> None:
+    """:func:`hvd_qsgd.codecs.topk.combine_at`."""
+    number = mode_number(mode)
+    if mode == "set":
+        out[...] = 0
+    scatter(positions, values, out, number)
+
+
 @dataclass(frozen=True)
 class TopKKernels(Kernels):
     """Numba implementation of a TopK codec; see :class:`hvd_qsgd.codecs.base.Kernels`."""
@@ -229,22 +240,23 @@ class TopKKernels(Kernels):
         return end
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
-        codec, number = self.codec, mode_number(mode)
-        form, low_bits, count = codec.check_header(payload, out.size, len(payload))
+        at_once(self.prepare_decode(payload, out.size))(out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        yield from ()
+        codec = self.codec
+        form, low_bits, count = codec.check_header(payload, length, len(payload))
         if form == NOT_FINITE:
-            combine(out, np.full(out.size, np.nan, np.float32), mode)
-            return
+            return combine_nan
         end = HEADER.size + count * codec.value_bytes
         values = codec.unpack_values(payload[HEADER.size : end])
         positions = np.empty(count, np.int64)
         marked = unpack_positions(payload[end:], positions, form, low_bits)
         if marked != count:
             raise PayloadError(f"A topk payload announces {count} values, but does not mark {count} positions.")
-        if not ascending_below(positions, out.size):
-            raise PayloadError(f"A topk payload of {out.size} elements holds positions not ascending or too large.")
-        if mode == "set":
-            out[...] = 0
-        scatter(positions, values, out, number)
+        if not ascending_below(positions, length):
+            raise PayloadError(f"A topk payload of {length} elements holds positions not ascending or too large.")
+        return functools.partial(combine_at, positions, values)
 
     def all_finite(self, x: np.ndarray) -> bool:
         return all_finite(x)

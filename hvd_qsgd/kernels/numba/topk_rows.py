@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hvd_qsgd.codecs.base import Kernels
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk_rows import INFINITY_BITS, RowTopK
+from hvd_qsgd.kernels.numba.compiling import jit
 from hvd_qsgd.kernels.numba.reduce import all_finite
 from hvd_qsgd.kernels.numba.topk import pack_bits_at
-
-jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
 
 
 @jit
@@ -66,6 +66,9 @@ class RowTopKKernels(Kernels):
 
     def decode_into(self, payload: np.ndarray, out: np.ndarray, mode: str = "set") -> None:
         self.codec.decode_into(payload, out, mode)
+
+    def prepare_decode(self, payload: np.ndarray, length: int) -> Looks[Callable[[np.ndarray, str], None]]:
+        return self.codec.prepare_decode(payload, length)
 
     def all_finite(self, x: np.ndarray) -> bool:
         return all_finite(x)

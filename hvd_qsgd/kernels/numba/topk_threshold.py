@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hvd_qsgd.codecs.looks import Looks, at_once
+from hvd_qsgd.codecs.readback import Looks, at_once
 from hvd_qsgd.codecs.topk_threshold import Search, ThresholdTopK
 from hvd_qsgd.kernels.numba.topk import TopKKernels, gather
 

@@ -12,17 +12,17 @@ import tensorflow as tf
 
 from hvd_qsgd.codecs.bits import planes_size
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NORM_LANES, QSGD, TINY
+from hvd_qsgd.codecs.random_words import MULTIPLIER_1, MULTIPLIER_2
 from hvd_qsgd.kernels.tensorflow.array import like, tensor_of
 from hvd_qsgd.kernels.tensorflow.base import Compiled, TensorFlowKernels, bytes_of, key_halves, values_of
 from hvd_qsgd.kernels.tensorflow.bits import pack_planes, unpack_planes
-from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
 
 shift_right = tf.bitwise.right_shift
 xor = tf.bitwise.bitwise_xor
 
 
 def words(key: tf.Tensor, first: tf.Tensor, count: int) -> tf.Tensor:
-    """:func:`hvd_qsgd.random_words.words` as uint32; ``key`` holds its low and its high half."""
+    """:func:`hvd_qsgd.codecs.random_words.words` as uint32; ``key`` holds its low and its high half."""
 
     def uint32(value: int) -> tf.Tensor:
         return tf.constant(value, tf.uint32)

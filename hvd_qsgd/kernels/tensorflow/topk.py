@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvd_qsgd.codecs.base import Kernels
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk import INFINITY_BITS, TopK
 from hvd_qsgd.kernels.tensorflow.array import tensor_of
 from hvd_qsgd.kernels.tensorflow.base import Compiled, all_finite
@@ -46,6 +48,9 @@ class TopKKernels(Kernels):
 
     def decode_into(self, payload: Any, out: Any, mode: str = "set") -> None:
         self.codec.decode_into(np.asarray(payload), out, mode)
+
+    def prepare_decode(self, payload: Any, length: int) -> Looks[Callable[[Any, str], None]]:
+        return self.codec.prepare_decode(np.asarray(payload), length)
 
     def all_finite(self, x: Any) -> bool:
         return all_finite(x)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from hvd_qsgd.codecs.base import Codec, Kernels
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.kernels import kernels_for
-from hvd_qsgd.kernels.torch.looks import Apply, LookingKernels, Write
 from hvd_qsgd.kernels.torch.plain import apply
+from hvd_qsgd.kernels.torch.readback import Apply, LookingKernels, Write
 from hvd_qsgd.kernels.torch.transfer import to_device
 
 

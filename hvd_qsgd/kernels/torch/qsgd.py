@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.bits import planes_size
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NORM_LANES, QSGD, TINY
+from hvd_qsgd.codecs.random_words import MULTIPLIER_1, MULTIPLIER_2
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.kernels.torch.bits import pack_planes, unpack_planes
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
-from hvd_qsgd.random_words import MULTIPLIER_1, MULTIPLIER_2
 
 #: Elements that are worked on at a time: temporary memory stays small, and on a CPU in the cache.
 CHUNK = 1 << 20
@@ -30,7 +31,7 @@ def shift_right(values: torch.Tensor, places: int) -> torch.Tensor:
 
 
 def words(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """:func:`hvd_qsgd.random_words.words` as int32 with the same bits: products and sums wrap around."""
+    """:func:`hvd_qsgd.codecs.random_words.words` as int32 with the same bits: products and sums wrap around."""
     h = torch.arange(count, dtype=torch.int32, device=device)
     h += signed(first + key)
     h ^= shift_right(h, 16)
@@ -93,12 +94,19 @@ class QSGDKernels(Kernels):
             apply(rows, dequantize(levels, scales, codec.levels), mode)
             at += packed.numel()
 
-    def average_into(self, message: torch.Tensor, spans: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
-        # A sum in half precision would be rounded at each step.
-        mean = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-        super().average_into(message, spans, mean)
-        if mean is not out:
-            out.copy_(mean)
+    def prepare_average(
+        self, message: torch.Tensor, spans: Sequence[tuple[int, int]], length: int
+    ) -> Looks[Callable[[torch.Tensor], None]]:
+        average = yield from super().prepare_average(message, spans, length)
+
+        def rounded_once(out: torch.Tensor) -> None:
+            # A sum in half precision would be rounded at each step.
+            mean = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+            average(mean)
+            if mean is not out:
+                out.copy_(mean)
+
+        return rounded_once
 
     def agree_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(self.scales(x).view(torch.int32))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk import (
     BITMAP,
     HEADER,
@@ -20,8 +20,8 @@ from hvd_qsgd.codecs.topk import (
 )
 from hvd_qsgd.errors import PayloadError
 from hvd_qsgd.kernels.torch.bits import pack_bits, pack_stream, unpack_bits, unpack_stream
-from hvd_qsgd.kernels.torch.looks import Apply, LookingKernels, Write
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
+from hvd_qsgd.kernels.torch.readback import Apply, LookingKernels, Write
 from hvd_qsgd.kernels.torch.transfer import to_device
 
 

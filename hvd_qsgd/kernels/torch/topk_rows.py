@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk_rows import INFINITY_BITS, RowTopK
 from hvd_qsgd.errors import PayloadError
 from hvd_qsgd.kernels.torch.bits import pack_stream, unpack_stream
-from hvd_qsgd.kernels.torch.looks import Apply, LookingKernels, Write
 from hvd_qsgd.kernels.torch.plain import apply, reinterpret
+from hvd_qsgd.kernels.torch.readback import Apply, LookingKernels, Write
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_qsgd.codecs.looks import Looks
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk_threshold import Search, ThresholdTopK
 from hvd_qsgd.kernels.torch.topk import TopKKernels, largest_positions, magnitudes_of, marked_positions
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hvd_qsgd import random_words
-from hvd_qsgd.codecs import qsgd
+from hvd_qsgd.codecs import qsgd, random_words
 
 FRACTION_BITS = tl.constexpr(qsgd.FRACTION_BITS)
 UNITY = tl.constexpr(1 << qsgd.FRACTION_BITS)
@@ -39,7 +38,7 @@ def bits_of(values):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def random_word(index, key_low, key_high):  # type: ignore[no-untyped-def]
-    """:func:`hvd_qsgd.random_words.words`, all arguments and the result uint32."""
+    """:func:`hvd_qsgd.codecs.random_words.words`, all arguments and the result uint32."""
     h = index + key_low
     h ^= h >> 16
     h *= MULTIPLIER_1

@@ -7,13 +7,14 @@ buckets and L2 norms, is read once for the scales and once more for the codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hvd_qsgd.codecs.base import mode_number
 from hvd_qsgd.codecs.bits import plane_widths, planes_size
+from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.kernels.torch.qsgd import QSGDKernels as TorchKernels
 from hvd_qsgd.kernels.torch.qsgd import signed, unit
 from hvd_qsgd.kernels.triton.decode import decode, decode_buckets
@@ -75,15 +76,17 @@ class QSGDKernels(TorchKernels):
         mode_number(mode)
         self._decode(payload, out, 1, 0, mode)
 
-    def average_into(self, message: torch.Tensor, spans: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
-        for start, stop in spans:
-            self.codec.check_payload(message[start:stop], len(out))
+    def prepare_average(
+        self, message: torch.Tensor, spans: Sequence[tuple[int, int]], length: int
+    ) -> Looks[Callable[[torch.Tensor], None]]:
         starts = [start for start, _ in spans]
         steps = {after - before for before, after in zip(starts, starts[1:])} or {0}
         if len(steps) > 1:
-            super().average_into(message, spans, out)
-        else:
-            self._decode(message[starts[0] :], out, len(spans), steps.pop(), "average")
+            return (yield from super().prepare_average(message, spans, length))
+        for start, stop in spans:
+            self.codec.check_payload(message[start:stop], length)
+        first, step = message[starts[0] :], steps.pop()
+        return lambda out: self._decode(first, out, len(spans), step, "average")
 
     def agree_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
         for group in self._groups(len(x)):

@@ -5,11 +5,10 @@ A framework's compressor adds Horovod's ``compress`` and ``decompress``.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, ClassVar, Generic, TypeVar
 
 from typing_extensions import Concatenate, ParamSpec, Self
@@ -20,17 +19,18 @@ from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.exchanges.base import ring_bytes
 from hvd_qsgd.feedback import ErrorFeedback, Feedback, MomentumCorrection, check_feedback
-from hvd_qsgd.fusion import BUNDLE_ELEMENTS
 from hvd_qsgd.kernels.threads import owned_cores, use_threads
 from hvd_qsgd.observe.monitor import Monitor
+from hvd_qsgd.observe.stats import Stats, TensorStats
 from hvd_qsgd.policies import Fixed, Policy, Tensor
-from hvd_qsgd.stats import Stats, TensorStats
+from hvd_qsgd.reduction.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.reduction.memory import TensorMemory
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Of :meth:`CompressorBase.state_dict`.
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 class class_or_instance(Generic[P, R]):  # noqa: N801  (a decorator)
@@ -126,10 +126,8 @@ class CompressorBase:
         self.seed = seed
         self.fusion_elements = fusion_elements
         self.threads = threads
+        self.memory = TensorMemory(self.feedback, self.policy)
         self._stats = Stats()
-        self._steps: dict[str, int] = {}
-        #: What codecs remember of each tensor.
-        self._memory: dict[str, dict[str, Any]] = {}
         self._begin(monitor)
         if monitor is not None:
             monitor.watch(self, self._place)
@@ -183,9 +181,16 @@ class CompressorBase:
 
     def _forget(self) -> None:
         self._stats = Stats()
-        self.feedback.start()
-        self._steps.clear()
-        self._memory.clear()
+        self.memory.clear()
+
+    @class_or_instance
+    def discard_last(self) -> None:
+        """Say that the gradients that were exchanged last are not applied; call it on all ranks.
+
+        Residuals become what they were before. For gradients of ``hvd.allreduce`` and of TensorFlow's tapes, where
+        nobody else can tell; gradients of a torch optimizer that does not step are found out.
+        """
+        self.memory.discard_last()
 
     @class_or_instance
     def state_dict(self) -> dict[str, Any]:
@@ -194,18 +199,8 @@ class CompressorBase:
         Every rank has its own: save this on every rank, not on rank 0 alone, and load on each
         rank what that rank saved. For torch, :mod:`hvd_qsgd.torch.state` does it.
         """
-        return {
-            "version": STATE_VERSION,
-            "config": self._saved_config(),
-            "arrays": {path: self._saved(array) for path, array in self.feedback.arrays().items()},
-            "numbers": self.feedback.numbers(),
-            "steps": dict(self._steps),
-            "memory": {
-                key: {name: v if isinstance(v, (int, float)) else self._saved(v) for name, v in part.items()}
-                for key, part in self._memory.items()
-            },
-            "policy": _with_arrays(self.policy.state(), self._saved),
-        }
+        memory = self.memory.state_dict(self._saved, self._unapplied())
+        return {"version": STATE_VERSION, "config": self._saved_config(), **memory}
 
     @class_or_instance
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,11 +215,18 @@ class CompressorBase:
                 f"The state was saved by version {state.get('version')} with {state.get('config')}, and this "
                 f"compressor is version {STATE_VERSION} with {config}. Use the settings of the saved run."
             )
-        arrays = {path: self._loaded(array) for path, array in state["arrays"].items()}
-        self.feedback.load(arrays, state["numbers"])
-        self._steps = dict(state["steps"])
-        self._memory = copy.deepcopy(state["memory"])
-        self.policy.load(_with_arrays(state["policy"], self._loaded))
+        self.memory.load_state_dict(state, self._loaded)
+
+    def _unapplied(self) -> Collection[str]:
+        """Keys of the tensors whose last mean has not been applied to their parameters."""
+        return ()
+
+    def _claim(self, tensors: list[tuple[str, Any]], group: str = "") -> list[str]:
+        """See :meth:`TensorMemory.claim`.
+
+        Who passes the class again and again starts a training each time; who passes an instance goes on.
+        """
+        return self.memory.claim(tensors, group, inherit=type(self).__dict__.get("_default") is not self)
 
     def _saved_config(self) -> dict[str, Any]:
         feedback = {"feedback": None} if self.error_feedback is False else self.feedback.config()
@@ -287,10 +289,6 @@ class CompressorBase:
         """Rank of this process and number of ranks, for the monitor."""
         raise NotImplementedError
 
-    def _next_step(self, key: str) -> int:
-        step = self._steps[key] = self._steps.get(key, -1) + 1
-        return step
-
     def _record(self, key: str, elements: int, element_size: int, ranks: int) -> TensorStats:
         """Count a tensor in; the caller adds what was sent."""
         record = self._stats.tensors.get(key)
@@ -326,10 +324,3 @@ class CompressorBase:
             settle(key, corrected, mean)
         if self.policy.observes and finite:
             self.policy.observe(tensor, mean)
-
-
-def _with_arrays(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """A copy of nested plain values, with every array in them converted."""
-    if isinstance(value, dict):
-        return {key: _with_arrays(part, convert) for key, part in value.items()}
-    return convert(value) if hasattr(value, "dtype") else copy.deepcopy(value)

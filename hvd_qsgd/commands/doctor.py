@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_qsgd import __version__
-from hvd_qsgd.install_horovod import HOROVOD_VERSION, NEWEST_TENSORFLOW, distribution_version
+from hvd_qsgd.commands.install_horovod import HOROVOD_VERSION, NEWEST_TENSORFLOW, distribution_version
 
 #: Above it, Gloo over the loopback interface stalls for seconds.
 LOOPBACK_MTU = 9000

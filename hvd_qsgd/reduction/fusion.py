@@ -6,6 +6,7 @@ the same ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,6 +21,20 @@ class Slice:
     name: str
     start: int
     stop: int
+
+
+def backward_order(names: Iterable[str]) -> list[str]:
+    """Names in about the order in which a backward pass makes gradients: the last layers first.
+
+    It follows from the names alone: ranks may list their parameters in different orders.
+
+    Examples:
+        >>> backward_order(["layers.2.weight", "layers.10.weight", "embed.weight"])
+        ['layers.10.weight', 'layers.2.weight', 'embed.weight']
+    """
+    # Text and numbers take turns.
+    parts = {name: [int(s) if i % 2 else s for i, s in enumerate(re.split(r"(\d+)", name))] for name in names}
+    return sorted(parts, key=lambda name: (parts[name], name), reverse=True)
 
 
 def plan_bundles(lengths: Iterable[tuple[str, int]], granularity: int, limit: int) -> list[list[Slice]]:

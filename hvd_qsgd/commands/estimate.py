@@ -1,6 +1,6 @@
 """Will compression help? Predicted step times, from a model's size, the network and this machine's codecs.
 
-The model is that of ``exchange="auto"`` (:mod:`hvd_qsgd.cost`), on a network that is described instead of measured.
+The model is that of ``exchange="auto"`` (:mod:`hvd_qsgd.tuning.cost`), on a network that is described, not measured.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs import QSGD, Codec, TopK
-from hvd_qsgd.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec, measure_costs
-from hvd_qsgd.engine import run_exchange
+from hvd_qsgd.commands.job import check_launched
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.fusion import BUNDLE_ELEMENTS
-from hvd_qsgd.job import check_launched
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.reduction.fusion import BUNDLE_ELEMENTS
+from hvd_qsgd.reduction.progress import run_exchange
+from hvd_qsgd.text import shortened
+from hvd_qsgd.tuning.cost import COLLECTIVES, MARGIN, UNCOMPRESSED, Costs, decide, measure_codec, measure_costs
 
 CODECS: dict[str, Codec] = {
     "QSGD, 8 bits": QSGD(8),
@@ -141,20 +142,48 @@ def count_parameters(path: str) -> int:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-        made = found if _parts(found) else found()
-    except Exception as error:  # whatever a module that is not ours may raise
-        raise ConfigError(f"--model {path!r} cannot be imported or made: {type(error).__name__}: {error}") from None
-    parts = _parts(made)
-    if not parts:
-        raise ConfigError(f"--model {path!r} is {made!r:.80}, and neither a torch module nor a built Keras model.")
-    return sum(math.prod(part.shape) for part in parts)
+        model = found if _is_model(found) else found()
+        is_model, parts = _is_model(model), _parts(model)
+        lazy = any(hasattr(part, "materialize") for part in parts)
+        counts = [] if lazy else [math.prod(part.shape) for part in parts]
+    except (Exception, SystemExit) as error:  # whatever code that is not ours may raise
+        raise ConfigError(f"--model {path!r} cannot be imported or made: {last_line(error)}") from None
+    if lazy:
+        raise ConfigError(
+            f"--model {path!r} has layers whose parameters have no shape before the first batch, as LazyLinear. Name a "
+            f"function that makes the model, runs it once on a batch, and returns it."
+        )
+    if not is_model:
+        raise ConfigError(
+            f"--model {path!r} is of the type {type(model).__name__}, and neither a torch module nor a Keras model."
+        )
+    if not counts:
+        raise ConfigError(
+            f"--model {path!r} has no parameters to train. Either they are frozen, or it is a Keras model that must be "
+            f"built first: give it an input shape."
+        )
+    return sum(counts)
+
+
+def last_line(error: BaseException) -> str:
+    """The type of an error and the last line of what it says."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {shortened(lines[-1].strip(), 300)}" if lines else type(error).__name__
+
+
+def _is_model(value: Any) -> bool:
+    """Whether it looks like a torch module or a Keras model, and not like a class of them."""
+    named = callable(getattr(value, "parameters", None)) or hasattr(type(value), "trainable_variables")
+    return named and not isinstance(value, type)
 
 
 def _parts(model: Any) -> list[Any]:
-    """Trainable parameters of a torch module, or variables of a Keras model."""
-    if callable(getattr(model, "parameters", None)) and not isinstance(model, type):
+    """Trainable parameters of a torch module, or variables of a Keras model; none of anything else."""
+    if not _is_model(model):
+        return []
+    if callable(getattr(model, "parameters", None)):
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return list(getattr(model, "trainable_variables", ())) if not isinstance(model, type) else []
+    return list(model.trainable_variables)
 
 
 def predict(situation: Situation, speeds: Speeds) -> list[Prediction]:

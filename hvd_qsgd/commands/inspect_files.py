@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from hvd_qsgd.checks import WrongFieldError
 from hvd_qsgd.codecs import codec_from_config
+from hvd_qsgd.compressors.saved import check_saved
 from hvd_qsgd.errors import ConfigError
 
 #: Keys by which the state of a compressor is recognized inside a checkpoint.
@@ -59,19 +61,24 @@ def _payload(path: Path, config: str | None, elements: int | None) -> Inspection
             "A payload carries neither its codec nor its length: give both, such as "
             """--config '{"codec": "qsgd", "bits": 4}' --elements 5183."""
         )
-    text = Path(config).read_text() if not config.lstrip().startswith("{") else config
+    text = Path(config).read_text(errors="replace") if not config.lstrip().startswith("{") else config
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config is no JSON ({error}): {text[:80]!r}") from None
+    # Golden files keep it under this name.
+    fields = fields.get("config", fields) if isinstance(fields, dict) else None
     if not isinstance(fields, dict):
         raise ConfigError(f'--config must be an object such as {{"codec": "qsgd"}}, and it is {text[:80]!r}.')
-    # Golden files keep it under this name.
-    codec = codec_from_config(fields.get("config", fields))
+    codec = codec_from_config(fields)
     if elements < 0:
         raise ConfigError(f"--elements {elements} must not be negative.")
     payload = np.fromfile(path, np.uint8)
-    values = codec.decode(payload, elements)
+    try:
+        # NumPy has errors of its own for sizes that no memory has.
+        values = codec.decode(payload, min(elements, 2**50))
+    except MemoryError:
+        raise ConfigError(f"--elements {elements} are more values than memory can hold.") from None
     finite = values[np.isfinite(values)]
     facts = {
         "codec": repr(codec),
@@ -112,7 +119,7 @@ def _checkpoint(path: Path) -> Inspection:
             f"torch cannot read {path} as a checkpoint of tensors and plain values ({type(error).__name__}). "
             f"If it is a payload, give --config and --elements."
         ) from None
-    found = list(_states(content, ""))
+    found = list(_states(content))
     if not found:
         raise ConfigError(
             f"{path} holds no state of a compressor. hvd_qsgd.torch.state.gather(compressor) gives one to torch.save."
@@ -120,23 +127,28 @@ def _checkpoint(path: Path) -> Inspection:
     facts: dict[str, Any] = {"states": len(found)}
     rows = []
     for place, state in found:
+        try:
+            check_saved(state)
+        except WrongFieldError as error:
+            raise ConfigError(f"{path} holds a damaged state at {place}: {error}. Go back to an earlier one.") from None
         of_state, parts = _state(state)
         facts |= of_state
         rows += [{"where": place, **part} for part in parts]
     return Inspection("checkpoint", facts, rows)
 
 
-def _states(value: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _states(content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every state of a compressor inside dictionaries and lists, with its place."""
-    if isinstance(value, dict):
-        if set(value) >= STATE_KEYS:
+    # Neither called for each level nor twice for one object: a file may nest them as it likes.
+    left, seen = [("", content)], set()
+    while left:
+        place, value = left.pop()
+        if isinstance(value, dict) and set(value) >= STATE_KEYS:
             yield place or "(all)", value
-            return
-        parts: Any = value.items()
-    else:
-        parts = enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for key, part in parts:
-        yield from _states(part, f"{place}/{key}" if place else str(key))
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            parts = list(value.items() if isinstance(value, dict) else enumerate(value))
+            left += [(f"{place}/{key}" if place else str(key), part) for key, part in reversed(parts)]
 
 
 def _state(state: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -152,7 +164,7 @@ def _state(state: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def _records(path: Path) -> Inspection:
-    from hvd_qsgd.observe.json_lines import read_records
+    from hvd_qsgd.observe.reading import read_records
     from hvd_qsgd.observe.report import total_of
 
     records = read_records(path)

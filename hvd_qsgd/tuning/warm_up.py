@@ -1,4 +1,4 @@
-"""The steps of an optimizer before ``exchange="auto"`` decides; see :mod:`hvd_qsgd.advisor`."""
+"""The steps of an optimizer before ``exchange="auto"`` decides; see :mod:`hvd_qsgd.tuning.auto`."""
 
 from __future__ import annotations
 

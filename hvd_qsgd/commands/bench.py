@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from hvd_qsgd.codecs import Cast, Codec, EliasQSGD, RowTopK, Sign
-from hvd_qsgd.cost import PROBE_ELEMENTS, measure_codec, median_time
-from hvd_qsgd.estimate import CODECS
+from hvd_qsgd.commands.estimate import CODECS
+from hvd_qsgd.commands.job import check_launched
 from hvd_qsgd.exchanges.base import ring_bytes
-from hvd_qsgd.job import check_launched
 from hvd_qsgd.kernels import kernels_for
+from hvd_qsgd.tuning.cost import PROBE_ELEMENTS, measure_codec, median_time
 
 BENCHED: dict[str, Codec] = {
     **CODECS,

@@ -19,7 +19,7 @@ from hvd_qsgd.codecs import (
     ThresholdTopK,
     TopK,
 )
-from hvd_qsgd.compressor import CompressorBase
+from hvd_qsgd.compressors.base import CompressorBase
 
 
 class QSGDCompressor(CompressorBase):
@@ -28,7 +28,7 @@ class QSGDCompressor(CompressorBase):
     Args:
         bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.QSGD`.
         scaled: shrink stochastic rounding with L2 norm for error feedback; see :class:`hvd_qsgd.Scaled`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TopKCompressor(CompressorBase):
 
     Args:
         ratio, k, values: see :class:`hvd_qsgd.TopK`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CastCompressor(CompressorBase):
 
     Args:
         dtype: see :class:`hvd_qsgd.Cast`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(self, dtype: str = "float16", **settings: Any) -> None:
@@ -82,7 +82,7 @@ class SignCompressor(CompressorBase):
 
     Args:
         bucket_size: see :class:`hvd_qsgd.Sign`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(self, bucket_size: int = 512, **settings: Any) -> None:
@@ -94,7 +94,7 @@ class RandomKCompressor(CompressorBase):
 
     Args:
         ratio, unbiased: see :class:`hvd_qsgd.RandomK`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(self, ratio: float = 0.01, unbiased: bool = False, **settings: Any) -> None:
@@ -107,7 +107,7 @@ class EliasQSGDCompressor(CompressorBase):
     Args:
         bits, bucket_size, norm, rounding: see :class:`hvd_qsgd.EliasQSGD`.
         scaled: shrink it for error feedback; see :class:`hvd_qsgd.Scaled`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class RowTopKCompressor(CompressorBase):
 
     Args:
         ratio, row: see :class:`hvd_qsgd.RowTopK`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(self, ratio: float = 0.01, row: int = 1024, **settings: Any) -> None:
@@ -140,7 +140,7 @@ class GlobalTopKCompressor(CompressorBase):
 
     Args:
         ratio, k, values: see :class:`hvd_qsgd.GlobalTopK`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class ThresholdTopKCompressor(CompressorBase):
 
     Args:
         ratio, values, method, every: see :class:`hvd_qsgd.ThresholdTopK`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class PowerSGDCompressor(CompressorBase):
 
     Args:
         rank: see :class:`hvd_qsgd.PowerSGD`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(self, rank: int = 4, **settings: Any) -> None:
@@ -185,7 +185,7 @@ class IntSGDCompressor(CompressorBase):
 
     Args:
         bits, fineness, beta: see :class:`hvd_qsgd.IntSGD`.
-        settings: those of :class:`hvd_qsgd.compressor.CompressorBase`.
+        settings: those of :class:`hvd_qsgd.compressors.base.CompressorBase`.
     """
 
     def __init__(self, bits: int = 4, fineness: float = 1.0, beta: float = 0.9, **settings: Any) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from hvd_qsgd.codecs.base import Kernels
-from hvd_qsgd.codecs.looks import Looks, at_once, together
+from hvd_qsgd.codecs.readback import Looks, at_once
 
 Write = Callable[[torch.Tensor], int]
 Apply = Callable[[torch.Tensor, str], None]
@@ -30,18 +30,3 @@ class LookingKernels(Kernels):
 
     def decode_into(self, payload: torch.Tensor, out: torch.Tensor, mode: str = "set") -> None:
         at_once(self.prepare_decode(payload, len(out)))(out, mode)
-
-    def average_into(self, message: torch.Tensor, spans: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
-        at_once(self.prepare_average(message, spans, len(out)))(out)
-
-    def prepare_average(
-        self, message: torch.Tensor, spans: Sequence[tuple[int, int]], length: int
-    ) -> Looks[Callable[[torch.Tensor], None]]:
-        decoded = yield from together([self.prepare_decode(message[start:stop], length) for start, stop in spans])
-
-        def average(out: torch.Tensor) -> None:
-            for index, apply in enumerate(decoded):
-                apply(out, "add" if index else "set")
-            out /= len(decoded)
-
-        return average

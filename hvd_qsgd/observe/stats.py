@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hvd_qsgd.text import plain
+
 
 @dataclass
 class TensorStats:
@@ -146,9 +148,10 @@ class Stats:
         for name, tensor in sorted(self.tensors.items()):
             how = tensor.exchange or f"not compressed: {tensor.bypassed}"
             lines.append(
-                f"{name:40} {tensor.exchanges:9d} {tensor.raw_bytes / 1e6:9.2f} {tensor.wire_bytes / 1e6:9.2f}  {how}"
+                f"{plain(name):40} {tensor.exchanges:9d} {tensor.raw_bytes / 1e6:9.2f} {tensor.wire_bytes / 1e6:9.2f}  "
+                f"{plain(how)}"
             )
-        lines += [f"{what}: {decision}" for what, decision in self.decisions.items()]
+        lines += [f"{plain(what)}: {plain(decision)}" for what, decision in self.decisions.items()]
         lines.append(f"sent {self.wire_bytes / 1e6:.2f} MB, {self.ratio:.1f} times less than uncompressed")
         return "\n".join(lines)
 
