@@ -112,7 +112,8 @@ def test_optimizers_of_layers_each_with_a_compressor_of_its_own() -> None:
     optimizers = [make_optimizer(parameters, QSGDCompressor(exchange="allgather")) for parameters in layers]
     for step in range(2):
         raw = [make_gradients(parameters, step) for parameters in layers]
-        for parameters, gradients in zip(layers, raw):
+        for optimizer, parameters, gradients in zip(optimizers, layers, raw):
+            optimizer.zero_grad()
             backward(parameters, gradients)
         # Whoever is last in the backward pass may step first, and ranks need not do the same.
         for i in [2, 0, 1] if hvd.rank() == 0 else [0, 1, 2]:
