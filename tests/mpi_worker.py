@@ -13,9 +13,10 @@ import numpy as np
 from checkers import check_same_bits, flip_bit, gauss, make_jobs, run_exchange
 from mpi4py import MPI
 
-from hvd_qsgd import QSGD, Cast, Codec, EliasQSGD, ExchangeError, Identity, TopK, engine
+from hvd_qsgd import QSGD, Cast, Codec, EliasQSGD, ExchangeError, Identity, TopK
 from hvd_qsgd.collectives.mpi import MPICollectives
 from hvd_qsgd.exchanges import EXCHANGES, Job
+from hvd_qsgd.reduction import progress
 
 CODECS: list[Codec] = [
     QSGD(),
@@ -48,7 +49,7 @@ def make_inputs(ranks: int, step: int) -> list[list[np.ndarray]]:
 
 def over_mpi(exchange: str, job: Job, collectives: MPICollectives) -> None:
     with np.errstate(invalid="ignore"):
-        engine.run_exchange(EXCHANGES[exchange](job), collectives)
+        progress.run_exchange(EXCHANGES[exchange](job), collectives)
 
 
 def compare(collectives: MPICollectives, corrupt: bool) -> int:
