@@ -26,7 +26,7 @@ INPUTS: dict[str, list[tf.DType]] = {
 
 
 def operation_name(phase: str, name: str) -> str:
-    """The name that Horovod's torch functions make of it, so that a job that mixes frameworks finds out."""
+    """The name that Horovod's torch functions would make of it."""
     kind = phase if phase in ("allgather", "alltoall") else "allreduce"
     return re.sub(r"[^A-Za-z0-9_.\-/]", "_", f"{kind}.{Names.of(name)}")
 

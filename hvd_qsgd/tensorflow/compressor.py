@@ -84,8 +84,6 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     own, so every rank must write a checkpoint, under a name of its own.
     """
 
-    framework = "tensorflow"
-
     def __init__(self, codec: Codec, *, kernels: str = "auto", **settings: Any) -> None:
         if tf.inside_function() and not tf.executing_eagerly():
             raise ConfigError(
