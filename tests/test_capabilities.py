@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from hvd_qsgd import (
@@ -23,8 +25,9 @@ from hvd_qsgd import (
     TopK,
 )
 from hvd_qsgd.codecs import CODECS
+from hvd_qsgd.codecs.base import LaneCodec, SumCodec, adds_in_lanes, adds_values
 from hvd_qsgd.errors import ConfigError
-from hvd_qsgd.exchanges import AUTO, BY_RANKS, EXCHANGES, check_exchange, choose_exchange
+from hvd_qsgd.exchanges import AUTO, BY_RANKS, EXCHANGES, check_exchange, choose_exchange, exchanges_for
 
 BOTH = ("allgather", "scatter_gather")
 LANES = (*BOTH, "allreduce")
@@ -62,6 +65,7 @@ def test_every_codec_and_exchange_has_an_answer() -> None:
 
 @EACH
 def test_exchanges_of_a_codec(codec: Codec, carried_by: tuple[str, ...], chosen: tuple[str, str]) -> None:
+    assert exchanges_for(codec) == carried_by
     for exchange in EXCHANGES:
         if exchange in carried_by:
             check_exchange(exchange, codec)
@@ -78,3 +82,18 @@ def test_exchanges_of_a_codec(codec: Codec, carried_by: tuple[str, ...], chosen:
         with pytest.raises(ConfigError, match="encodes nothing by itself; it travels by"):
             check_exchange(AUTO, codec)
     assert [choose_exchange(BY_RANKS, codec, ranks) for ranks in range(1, 9)] == [chosen[0]] * 3 + [chosen[1]] * 5
+
+
+@pytest.mark.parametrize(("protocol", "is_one"), [(LaneCodec, adds_in_lanes), (SumCodec, adds_values)])
+def test_codecs_that_add_up_have_all_of_their_protocol(protocol: type, is_one: Callable[[Codec], bool]) -> None:
+    members = {
+        name
+        for kind in protocol.__mro__
+        for name in [*vars(kind), *vars(kind).get("__annotations__", {})]
+        if name[0] != "_"
+    }
+    assert len(members) in (4, 5)
+    found = [codec for codec, _, _ in ANSWERS if is_one(codec)]
+    assert len(found) == 2
+    for codec in found:
+        assert [name for name in members if not hasattr(codec, name)] == []
