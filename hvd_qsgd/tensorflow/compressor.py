@@ -30,7 +30,7 @@ from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
 from hvd_qsgd.errors import ConfigError, UnsupportedError
-from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
+from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange, exchanges_for
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
@@ -93,7 +93,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         # Before the monitor is told of this compressor.
         check_choice(type(self).__name__, "kernels", kernels, ("auto", "numba", "tensorflow"))
         super().__init__(codec, **settings)
-        if not isinstance(codec, Codec) or not all(EXCHANGES[name].phases for name in codec.exchanges):
+        if not isinstance(codec, Codec) or not any(EXCHANGES[name].phases for name in exchanges_for(codec)):
             raise ConfigError(
                 f"{codec} is for torch only. With TensorFlow, use one codec for all tensors, other than PowerSGD and "
                 f"IntSGD."
@@ -299,6 +299,11 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             if exchange == UNCOMPRESSED:
                 reason = f'exchange="auto": {decision}'
                 entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
+        if compressed and exchange != UNCOMPRESSED and not EXCHANGES[exchange].phases:
+            raise ConfigError(
+                f"The exchange {exchange!r} is for torch only: it does not say its phases, of which TensorFlow builds "
+                f"the graph. Choose another one with exchange=."
+            )
         # 0 stands for all cores.
         self._use_threads(hvd.local_size(), tf.config.threading.get_intra_op_parallelism_threads() or sys.maxsize)
         return Plan(self, entries, site.process_set, exchange, backend, preflight)
