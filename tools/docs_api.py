@@ -1,4 +1,4 @@
-"""An extension of griffe, which reads the package for the API pages: what the text of a class alone does not say."""
+"""An extension of griffe, which reads the package for the API pages: links in the text of docstrings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROLE = re.compile(r":(?:class|meth|func|attr|mod|data):`~?([\w.]+)`")
 
 
 class Docstrings(griffe.Extension):
-    """Classes in the family.py of a framework show their base's text and arguments; roles of Sphinx become links."""
+    """Roles of Sphinx become links."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         self._visit(pkg, pkg)
@@ -20,10 +20,6 @@ class Docstrings(griffe.Extension):
         for member in item.members.values():
             if isinstance(member, griffe.Object):
                 self._visit(member, package)
-        if isinstance(item, griffe.Class) and item.docstring is None and str(item.parent.path).endswith(".family"):
-            base = package[item.bases[0].canonical_path.partition(".")[2]]
-            item.docstring = base.docstring
-            item.set_member("__init__", griffe.Alias("__init__", base.members["__init__"]))
         if item.docstring:
             item.docstring.value = ROLE.sub(lambda role: self._link(role[1], package), item.docstring.value)
 

@@ -1,1 +1,1 @@
-"""What the compressors of all frameworks share: settings, defaults, state, and a class for each codec."""
+"""What the compressors of all frameworks share: settings with their types and defaults, statistics, state."""

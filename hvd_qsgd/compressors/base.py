@@ -15,6 +15,7 @@ from typing_extensions import Concatenate, ParamSpec, Self
 
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.base import Kernels, check_integer
+from hvd_qsgd.compressors.settings import show_settings
 from hvd_qsgd.errors import ConfigError
 from hvd_qsgd.exchanges import BY_RANKS, check_exchange
 from hvd_qsgd.exchanges.base import ring_bytes
@@ -82,6 +83,8 @@ class CompressorBase:
     _default: ClassVar[CompressorBase | None] = None
     #: Whether the optimizer's momentum is applied here.
     _moves_momentum: ClassVar[bool] = False
+    #: Settings that ``__init__`` makes itself.
+    _made: ClassVar[Collection[str]] = ()
 
     def __init__(
         self,
@@ -134,6 +137,9 @@ class CompressorBase:
         super().__init_subclass__(**arguments)
         # help() does not look for it in the bases.
         cls.__doc__ = inspect.getdoc(cls)
+        if "__init__" in vars(cls):
+            base = next(base for base in cls.__mro__[1:] if issubclass(base, CompressorBase))
+            show_settings(vars(cls)["__init__"], base, cls._made)
 
     @classmethod
     def default(cls) -> Self:

@@ -23,12 +23,13 @@ from typing import Any
 import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.base import check_choice
 from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
+from hvd_qsgd.compressors.settings import Settings
 from hvd_qsgd.errors import ConfigError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange, exchanges_for
 from hvd_qsgd.kernels import kernels_for
@@ -68,6 +69,13 @@ class Call:
     tickets: dict[int, list[Ticket]]
 
 
+class TensorFlowSettings(Settings, total=False):
+    """Settings of every compressor for TensorFlow."""
+
+    kernels: str
+    """Default: 'auto'"""
+
+
 class Compressor(CompressorBase, tf.train.experimental.PythonState):
     """Horovod's compress/decompress interface around a codec.
 
@@ -84,7 +92,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     own, so every rank must write a checkpoint, under a name of its own.
     """
 
-    def __init__(self, codec: Codec, *, kernels: str = "auto", **settings: Any) -> None:
+    def __init__(self, codec: Codec, *, kernels: str = "auto", **settings: Unpack[Settings]) -> None:
         if tf.inside_function() and not tf.executing_eagerly():
             raise ConfigError(
                 f"{type(self).__name__} was made while a tf.function was traced. Each trace would begin without "

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 import horovod.torch as hvd
 import torch
+from typing_extensions import Unpack
 
 from hvd_qsgd.codecs import Codec
 from hvd_qsgd.codecs.random_words import stream_of
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives, wrap
 from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
+from hvd_qsgd.compressors.settings import Settings
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
 from hvd_qsgd.kernels.torch.untraced import untraced
@@ -116,6 +118,13 @@ class OptimizerState:
     decision: Decision | None = None
 
 
+class TorchSettings(Settings, total=False):
+    """Settings of every compressor for torch."""
+
+    progress_thread: bool
+    """Default: False"""
+
+
 class Compressor(CompressorBase):
     """Horovod's compress/decompress interface around a codec.
 
@@ -136,7 +145,7 @@ class Compressor(CompressorBase):
         ConfigError: a value is out of range, or the settings do not go together.
     """
 
-    def __init__(self, codec: Codec | Policy, *, progress_thread: bool = False, **settings: Any) -> None:
+    def __init__(self, codec: Codec | Policy, *, progress_thread: bool = False, **settings: Unpack[Settings]) -> None:
         super().__init__(codec, **settings)
         self.progress_thread = progress_thread
         if self.exchange == AUTO and not (isinstance(self.policy, Fixed) and self.policy.only is not None):

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from hvd_qsgd.codecs import ThresholdTopK
 from hvd_qsgd.collectives.horovod_torch import wrap
 from hvd_qsgd.compressors.base import class_or_instance
+from hvd_qsgd.compressors.settings import SettingsWithoutFeedback
 from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.feedback import MomentumCorrection
 from hvd_qsgd.kernels.torch.untraced import untraced
@@ -56,6 +58,7 @@ class DGCCompressor(Compressor):
     """
 
     _moves_momentum = True
+    _made = ("error_feedback",)
 
     def __init__(
         self,
@@ -66,11 +69,13 @@ class DGCCompressor(Compressor):
         clip: float | None = None,
         weight_decay: float = 0.0,
         warm_up: Sequence[float] = (0.25, 0.0625, 0.0156, 0.004),
-        **settings: Any,
+        *,
+        progress_thread: bool = False,
+        **settings: Unpack[SettingsWithoutFeedback],
     ) -> None:
         correction = MomentumCorrection(momentum, nesterov, masking, clip)
         policy = WarmUp.of_ratios(ThresholdTopK(ratio, method="sample"), warm_up)
-        super().__init__(policy, error_feedback=correction, **settings)
+        super().__init__(policy, error_feedback=correction, progress_thread=progress_thread, **settings)
         self.weight_decay = weight_decay
         self.correction: MomentumCorrection = self.feedback  # type: ignore[assignment]
 
