@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hvd_qsgd import QSGD
+from hvd_qsgd.exchanges import exchanges_for
 from hvd_qsgd.reduction.fusion import BUNDLE_ELEMENTS
 from hvd_qsgd.tuning.cost import COLLECTIVES, UNCOMPRESSED, Costs
 
 HERE = Path(__file__).resolve().parent
-METHODS = (UNCOMPRESSED, *QSGD.exchanges)
+METHODS = (UNCOMPRESSED, *exchanges_for(QSGD()))
 
 
 def launch(hosts: int, rate: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from hvd_qsgd import QSGD
 from hvd_qsgd.collectives.horovod_torch import HorovodCollectives
+from hvd_qsgd.exchanges import exchanges_for
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.reduction.progress import run_exchange
 from hvd_qsgd.torch import QSGDCompressor
@@ -45,7 +46,7 @@ def main() -> None:
     measured = [
         {"exchange": exchange, "elements": elements, "seconds": seconds(exchange, elements, arguments.repeats)}
         for elements in arguments.elements
-        for exchange in (UNCOMPRESSED, *QSGD.exchanges)
+        for exchange in (UNCOMPRESSED, *exchanges_for(QSGD()))
     ]
     if hvd.rank() == 0:
         result = {"ranks": hvd.size(), "costs": dataclasses.asdict(costs), "measured": measured}

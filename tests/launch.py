@@ -16,7 +16,7 @@ import psutil
 
 from hvd_qsgd import QSGD, Codec, EliasQSGD, RowTopK, Sign, TopK
 from hvd_qsgd.collectives.simulated import simulate
-from hvd_qsgd.exchanges import EXCHANGES, Job, Piece
+from hvd_qsgd.exchanges import EXCHANGES, Job, Piece, exchanges_for
 from hvd_qsgd.kernels import kernels_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def kill_tree(pid: int) -> None:
 def compile_kernels() -> None:
     """Compile, to the cache on disk, what otherwise all ranks would compile at the same time."""
     codecs: list[Codec] = [QSGD(), TopK(), Sign(), RowTopK(), EliasQSGD()]
-    pairs = [(exchange, codec) for codec in codecs for exchange in codec.exchanges]
+    pairs = [(exchange, codec) for codec in codecs for exchange in exchanges_for(codec)]
     for exchange, codec in pairs:
         arrays = [np.arange(2000, dtype=np.float32) for _ in range(2)]
         kernels = kernels_for(codec, "numba")

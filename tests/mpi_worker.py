@@ -13,9 +13,10 @@ import numpy as np
 from checkers import check_same_bits, flip_bit, gauss, make_jobs, run_exchange
 from mpi4py import MPI
 
-from hvd_qsgd import QSGD, Cast, Codec, EliasQSGD, ExchangeError, Identity, TopK, engine
+from hvd_qsgd import QSGD, Cast, Codec, EliasQSGD, ExchangeError, Identity, TopK
 from hvd_qsgd.collectives.mpi import MPICollectives
-from hvd_qsgd.exchanges import EXCHANGES, Job
+from hvd_qsgd.exchanges import EXCHANGES, Job, exchanges_for
+from hvd_qsgd.reduction import progress
 
 CODECS: list[Codec] = [
     QSGD(),
@@ -31,7 +32,7 @@ CODECS: list[Codec] = [
 
 def cases() -> Iterator[tuple[str, Codec, str, bool]]:
     for codec in CODECS:
-        for exchange in codec.exchanges:
+        for exchange in exchanges_for(codec):
             for backend, keep_error in (("numpy", False), ("numba", True)):
                 yield exchange, codec, backend, keep_error
 
@@ -48,7 +49,7 @@ def make_inputs(ranks: int, step: int) -> list[list[np.ndarray]]:
 
 def over_mpi(exchange: str, job: Job, collectives: MPICollectives) -> None:
     with np.errstate(invalid="ignore"):
-        engine.run_exchange(EXCHANGES[exchange](job), collectives)
+        progress.run_exchange(EXCHANGES[exchange](job), collectives)
 
 
 def compare(collectives: MPICollectives, corrupt: bool) -> int:
@@ -74,7 +75,7 @@ def compare(collectives: MPICollectives, corrupt: bool) -> int:
 
 def disagree(collectives: MPICollectives) -> None:
     """A rank with other settings is found out by all ranks, and nobody waits forever."""
-    for exchange in QSGD.exchanges:
+    for exchange in exchanges_for(QSGD()):
         # Lengths that differ in an allreduce are beyond what MPI defines; these settings give equal ones.
         codecs = [QSGD(rounding="nearest"), *[QSGD()] * (collectives.ranks - 1)]
         job = make_jobs(codecs, make_inputs(collectives.ranks, 0))[collectives.rank]

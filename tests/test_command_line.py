@@ -16,8 +16,9 @@ import torch
 from launch import ROOT, environment, launch
 from typer.testing import CliRunner
 
-from hvd_qsgd import QSGD, ConfigError, HvdQsgdError, SetupError, doctor, estimate
+from hvd_qsgd import QSGD, ConfigError, HvdQsgdError, SetupError
 from hvd_qsgd.cli import app
+from hvd_qsgd.commands import doctor, estimate
 from hvd_qsgd.commands.inspect_files import inspect_file
 from hvd_qsgd.kernels.triton import probe
 from hvd_qsgd.observe import JsonLines, Record

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from launch import check, compile_kernels, launch, launch_pytest
+from launch import check, compile_kernels, launch_pytest
 
 FOLDER = "horovod_tensorflow"
 CORE = ["test_rank_checks.py", "test_allreduce.py", "test_tape.py", "test_feedback.py", "test_family.py"]
 #: For four ranks on few cores.
-SOME = "test_gradients or test_settings_of_the_tape or test_two_models or test_two_halves"
-WORKER = str(Path(__file__).with_name("mixed_frameworks.py"))
+SOME = "test_gradients or test_settings_of_the_tape or test_two_models or test_two_halves or test_an_id"
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +24,7 @@ def _compiled() -> None:
     [
         (2, "mpi", [*CORE, "test_refusals.py"]),
         (2, "gloo", ["test_devices.py", "test_monitor.py"]),
+        (2, "mpi", ["test_like_none.py"]),
         (4, "gloo", ["test_tape.py", "test_devices.py", "-k", "test_gradients and traced or different_devices"]),
         (4, "mpi", ["test_tape.py", "test_process_sets.py", "-k", SOME]),
     ],
@@ -46,11 +44,3 @@ def test_keras_3(ranks: int, launcher: str) -> None:
 def test_tf_keras(ranks: int, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
     check(launch_pytest(["test_tf_keras.py"], ranks, launcher, timeout=800, folder=FOLDER), ranks)
-
-
-@pytest.mark.parametrize("how", ["allreduce", "gradients"])
-def test_a_job_that_mixes_frameworks_is_refused(how: str) -> None:
-    outcome = launch([WORKER, how], 2, "mpi", timeout=120)
-    assert outcome.status not in (0, -1), outcome.output
-    assert "REFUSED" in outcome.output and "A job cannot mix frameworks" in outcome.output
-    assert "framework='tensorflow'" in outcome.output or "framework='torch'" in outcome.output

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -138,14 +138,20 @@ class Kernels(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Codec(Kernels):
-    """Base of all codecs. Subclasses are frozen dataclasses whose fields are the configuration."""
+    """Base of all codecs. Subclasses are frozen dataclasses whose fields are the configuration.
+
+    A codec says what it can do, and knows no exchange: by the attributes below, and by the methods of
+    :class:`LaneCodec` or :class:`SumCodec` if its messages can be added up.
+    """
 
     #: Name in the registry and in configurations.
     name: ClassVar[str]
     #: Version of the byte format; new bytes mean a new version.
     version: ClassVar[int] = 1
-    #: Names of the exchanges that can carry this codec.
-    exchanges: ClassVar[tuple[str, ...]] = ("allgather", "scatter_gather")
+    #: Whether it encodes a tensor by itself. If not, the codec is the configuration of an exchange made for it.
+    encodes: ClassVar[bool] = True
+    #: Whether the mean of decoded payloads may be encoded once more, in shards if ``granularity`` allows cuts.
+    encodes_means: ClassVar[bool] = True
     #: Whether the size of a payload depends on the values.
     variable_size: ClassVar[bool] = False
     #: Whether the tensors of a fusion buffer are encoded as one.
@@ -254,6 +260,68 @@ class Codec(Kernels):
                 f"A {self.name} payload of {length} elements has {expected} bytes, but {len(payload)} came. "
                 f"Decode with the configuration and the shape it was encoded with: {self.config()}"
             )
+
+
+class LaneKernels(Protocol):
+    """What kernels offer if codes on common scales add up in the lanes of int32 words."""
+
+    def agree_into(self, x: Any, out: Any) -> None:
+        """int32 words whose maximum over ranks makes the common scales; none is negative."""
+        ...
+
+    def to_lanes(self, x: Any, agreed: Any, ranks: int, out: Any, key: int = 0, first: int = 0) -> None:
+        """Round ``x`` on the common scales into int32 words that can be added up."""
+        ...
+
+    def from_lanes(self, sums: Any, agreed: Any, ranks: int, out: Any, count: int) -> None:
+        """The sum of ``ranks`` ranks' words, divided by ``count``, as float32."""
+        ...
+
+
+class LaneCodec(LaneKernels, Protocol):
+    """What the codec of :class:`LaneKernels` offers besides."""
+
+    def agreement_length(self, length: int) -> int:
+        """int32 words whose maximum over ranks makes the common scales of ``length`` elements."""
+        ...
+
+    def lanes_length(self, length: int, ranks: int) -> int:
+        """int32 words that ``length`` elements take where the words of ``ranks`` ranks are added up."""
+        ...
+
+
+class SumKernels(Protocol):
+    """What kernels offer if values of all ranks add up as they are, as those at common positions do."""
+
+    def to_sum(self, x: Any, out: Any, key: int, first: int = 0) -> None:
+        """Write the words that are added up over ranks; ``key`` is the same on all of them."""
+        ...
+
+    def from_sum(self, sums: Any, out: Any, count: int, key: int, first: int = 0) -> None:
+        """The sum of the words of ``count`` ranks, divided by ``count``, as float32."""
+        ...
+
+
+class SumCodec(SumKernels, Protocol):
+    """What the codec of :class:`SumKernels` offers besides."""
+
+    #: Of the words.
+    sum_dtype: ClassVar[str]
+
+    def sum_length(self, length: int) -> int:
+        """Words that ``length`` elements take."""
+        ...
+
+
+def adds_in_lanes(codec: Codec) -> bool:
+    """Whether a codec is a :class:`LaneCodec`."""
+    # Not isinstance: codecs around another one hand its methods on.
+    return hasattr(codec, "lanes_length")
+
+
+def adds_values(codec: Codec) -> bool:
+    """Whether a codec is a :class:`SumCodec`."""
+    return hasattr(codec, "sum_length")
 
 
 def combine(out: np.ndarray, values: np.ndarray, mode: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hvd_qsgd.codecs.base import Codec, Kernels
 from hvd_qsgd.errors import UnsupportedError
@@ -12,6 +12,8 @@ from hvd_qsgd.errors import UnsupportedError
 @dataclass(frozen=True)
 class ExchangedCodec(Codec):
     """A configuration for the exchange that does all the work, on arrays of any backend."""
+
+    encodes: ClassVar[bool] = False
 
     @property
     def granularity(self) -> int:

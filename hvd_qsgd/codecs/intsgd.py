@@ -36,7 +36,6 @@ class IntSGD(ExchangedCodec):
 
     name: ClassVar[str] = "intsgd"
     version: ClassVar[int] = 2
-    exchanges: ClassVar[tuple[str, ...]] = ("intsgd",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_integer("IntSGD", "bits", self.bits, 2, 8))

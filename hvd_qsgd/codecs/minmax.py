@@ -42,7 +42,6 @@ class MinMax(Codec):
     bits: int = 8
 
     name: ClassVar[str] = "minmax"
-    exchanges: ClassVar[tuple[str, ...]] = ("allgather",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_integer("MinMax", "bits", self.bits, 2, 8))

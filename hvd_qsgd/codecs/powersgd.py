@@ -26,7 +26,6 @@ class PowerSGD(ExchangedCodec):
     rank: int = 4
 
     name: ClassVar[str] = "powersgd"
-    exchanges: ClassVar[tuple[str, ...]] = ("powersgd",)
     shared_randomness: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

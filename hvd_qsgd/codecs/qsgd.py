@@ -62,7 +62,6 @@ class QSGD(Codec):
     rounding: str = "stochastic"
 
     name: ClassVar[str] = "qsgd"
-    exchanges: ClassVar[tuple[str, ...]] = ("allgather", "scatter_gather", "allreduce")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", check_integer("QSGD", "bits", self.bits, 2, 8))
@@ -139,7 +138,7 @@ class QSGD(Codec):
             combine(rows, dequantize(levels, scales, self.levels), mode)
             at += packed.size
 
-    # -- the allreduce exchange: levels on agreed scales, summed in lanes of int32 words -----
+    # -- LaneCodec: levels on agreed scales, summed in lanes of int32 words ------------------
 
     def lane_width(self, ranks: int) -> int:
         """Bits of a lane: the smallest w with ``ranks * 2s < 2^w``."""

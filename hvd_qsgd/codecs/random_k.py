@@ -39,7 +39,6 @@ class RandomK(Codec):
     unbiased: bool = False
 
     name: ClassVar[str] = "random_k"
-    exchanges: ClassVar[tuple[str, ...]] = ("linear", "allgather")
     shared_randomness: ClassVar[bool] = True
     sum_dtype: ClassVar[str] = "float32"
 
@@ -81,7 +80,7 @@ class RandomK(Codec):
         self.from_sum(np.frombuffer(payload[KEY_BYTES:].tobytes(), "<f4"), values, 1, key)
         combine(out, values, mode)
 
-    # -- the linear exchange -----------------------------------------------------------------
+    # -- SumCodec ----------------------------------------------------------------------------
 
     def to_sum(self, x: np.ndarray, out: np.ndarray, key: int, first: int = 0) -> None:
         """Write the values at the drawn positions, float32; all NaN unless all of ``x`` is finite."""

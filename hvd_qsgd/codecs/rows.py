@@ -36,7 +36,7 @@ class Rows(Codec):
     length: int
 
     name: ClassVar[str] = "rows"
-    exchanges: ClassVar[tuple[str, ...]] = ("allgather",)
+    encodes_means: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Codec) or isinstance(self.inner, Rows):

@@ -53,8 +53,8 @@ class Scaled(Codec):
         return np.float32(1 / (1 + self.inner.omega))
 
     @property
-    def exchanges(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(self.inner.exchanges)
+    def encodes_means(self) -> bool:  # type: ignore[override]
+        return bool(self.inner.encodes_means)
 
     @property
     def variable_size(self) -> bool:  # type: ignore[override]
@@ -92,7 +92,7 @@ class Scaled(Codec):
         decode(values, "set")
         combine(out, values * self.factor, mode)
 
-    # -- the allreduce exchanges: the codec's own words, and the mean times the factor --------
+    # -- LaneCodec and SumCodec, if the inner codec is one: its words, and the mean times the factor --
 
     def __getattr__(self, name: str) -> Any:
         # Sizes and dtypes of words that can be added up, where the inner codec has such words.

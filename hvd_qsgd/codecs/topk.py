@@ -57,7 +57,6 @@ class TopK(Codec):
     values: str = "float32"
 
     name: ClassVar[str] = "topk"
-    exchanges: ClassVar[tuple[str, ...]] = ("allgather",)
     variable_size: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

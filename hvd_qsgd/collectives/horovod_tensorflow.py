@@ -26,7 +26,7 @@ INPUTS: dict[str, list[tf.DType]] = {
 
 
 def operation_name(phase: str, name: str) -> str:
-    """The name that Horovod's torch functions make of it, so that a job that mixes frameworks finds out."""
+    """The name that Horovod's torch functions would make of it."""
     kind = phase if phase in ("allgather", "alltoall") else "allreduce"
     return re.sub(r"[^A-Za-z0-9_.\-/]", "_", f"{kind}.{Names.of(name)}")
 
@@ -83,14 +83,17 @@ class HorovodCollectives(OfProcessSet):
 
     def start(self, request: Request) -> Finished:
         phase = phase_of(request)
-        # TensorFlow gives operations their names in graphs only.
-        function = self._functions.get((phase, request.name))
-        if function is None:
-
-            def collective(*inputs: tf.Tensor) -> list[tf.Tensor]:
-                return emit(phase, request.name, inputs, self.process_set)
-
-            function = self._functions[phase, request.name] = tf.function(collective, autograph=False)
         with tf.init_scope(), tf.device("/cpu:0"):
+            # TensorFlow gives operations their names in graphs only.
+            function = self._functions.get((phase, request.name))
+            if function is None:
+
+                def collective(*inputs: tf.Tensor) -> list[tf.Tensor]:
+                    return emit(phase, request.name, inputs, self.process_set)
+
+                # One trace is all that there is, and TensorFlow must not count it with those of other collectives.
+                function = self._functions[phase, request.name] = tf.function(
+                    collective, autograph=False
+                ).get_concrete_function(*(tf.TensorSpec([None], dtype) for dtype in INPUTS[phase]))
             inputs = [tf.constant(np.asarray(array), dtype) for array, dtype in zip(inputs_of(request), INPUTS[phase])]
             return Finished(outcome_of(phase, [output.numpy() for output in function(*inputs)]))

@@ -17,6 +17,7 @@ import numpy as np
 from hvd_qsgd.codecs import QSGD, Codec, TopK
 from hvd_qsgd.commands.job import check_launched
 from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.exchanges import exchanges_for
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.reduction.fusion import BUNDLE_ELEMENTS
 from hvd_qsgd.reduction.progress import run_exchange
@@ -196,7 +197,7 @@ def predict(situation: Situation, speeds: Speeds) -> list[Prediction]:
     ]
     for name, codec in CODECS.items():
         predicted = _decide(situation, codec, speeds[name]).predicted
-        exchange = min(codec.exchanges, key=lambda e: predicted[e])
+        exchange = min(exchanges_for(codec), key=lambda e: predicted[e])
         seconds = situation.compute + predicted[exchange]
         predictions.append(
             Prediction(name, exchange, seconds, base / seconds, _break_even(situation, codec, speeds[name]))
@@ -234,7 +235,7 @@ def _break_even(situation: Situation, codec: Codec, speeds: tuple[float, float, 
     def pays(bandwidth: float) -> bool:
         there = Situation(**{**vars(situation), "bandwidth": bandwidth})
         predicted = _decide(there, codec, speeds).predicted
-        best = min(predicted[exchange] for exchange in codec.exchanges)
+        best = min(predicted[exchange] for exchange in exchanges_for(codec))
         without = situation.compute + predicted[UNCOMPRESSED]
         return situation.compute + best < (1 - MARGIN) * without
 

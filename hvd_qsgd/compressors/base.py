@@ -80,8 +80,6 @@ class CompressorBase:
         ConfigError: a value is out of range, or error feedback would diverge around this codec.
     """
 
-    #: Ranks of one job must run the same.
-    framework: ClassVar[str]
     _default: ClassVar[CompressorBase | None] = None
     #: Whether the optimizer's momentum is applied here.
     _moves_momentum: ClassVar[bool] = False
@@ -254,7 +252,6 @@ class CompressorBase:
         """What must be equal on all ranks for their collectives to match."""
         digest = hashlib.blake2b(repr(list(tensors)).encode(), digest_size=8).hexdigest()
         return {
-            "framework": self.framework,
             "compressor": repr(self),
             "fusion_elements": self.fusion_elements,
             "min_elements": self.min_elements,

@@ -73,4 +73,8 @@ def work(codec: Codec, length: int, ranks: int) -> Work:
     return Work({"allgather": sent}, encoded=length, decoded=ranks * length)
 
 
-ALLGATHER = Exchange(allgather, work, ("allgather",))
+def carries(codec: Codec) -> bool:
+    return codec.encodes
+
+
+ALLGATHER = Exchange(allgather, work, carries, ("allgather",), preference=3)

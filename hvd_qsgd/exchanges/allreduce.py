@@ -9,8 +9,9 @@ al., NSDI 2021); the packing into lanes is described in ``docs/wire-format.md``.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
+from hvd_qsgd.codecs.base import adds_in_lanes
 from hvd_qsgd.exchanges.base import (
     AllReduce,
     Exchange,
@@ -26,24 +27,9 @@ from hvd_qsgd.exchanges.base import (
 FINGERPRINT_MAX = 0x7FFFFFFF
 
 
-class LaneKernels(Protocol):
-    """What a codec's kernels offer beyond encode and decode to ride this exchange."""
-
-    def agree_into(self, x: Any, out: Any) -> None:
-        """int32 words whose maximum over ranks makes the common scales; none is negative."""
-        ...
-
-    def to_lanes(self, x: Any, agreed: Any, ranks: int, out: Any, key: int = 0, first: int = 0) -> None:
-        """Round ``x`` on the common scales into int32 words that can be added up."""
-        ...
-
-    def from_lanes(self, sums: Any, agreed: Any, ranks: int, out: Any, count: int) -> None:
-        """The sum of ``ranks`` ranks' words, divided by ``count``, as float32."""
-        ...
-
-
 def allreduce(job: Job) -> Steps:
     """Two allreduces: the maximum of [fingerprint, its complement, scales], the sum of [1, lanes]."""
+    # LaneKernels and LaneCodec.
     kernels: Any = job.kernels
     codec: Any = job.codec
     fingerprint = job.fingerprint("allreduce")
@@ -94,4 +80,4 @@ def work(codec: Any, length: int, ranks: int) -> Work:
     return Work({"allreduce": ring_bytes(4 * words, ranks)}, lanes=length, agreements=1)
 
 
-ALLREDUCE = Exchange(allreduce, work, ("max", "sum"))
+ALLREDUCE = Exchange(allreduce, work, adds_in_lanes, ("max", "sum"), preference=1)

@@ -413,9 +413,14 @@ class Exchange:
     steps: Callable[[Job], Steps]
     #: Of a codec, a number of elements and a number of ranks.
     work: Callable[[Codec, int, int], Work]
+    #: Whether a codec offers what the exchange needs of it.
+    carries: Callable[[Codec], bool]
     #: The collectives that it yields, in order, for frameworks that build their graph beforehand: "allgather",
     #: "alltoall", "max" and "sum" of int32 words, "sum_float" of float32 ones. Empty where that does not describe it.
     phases: tuple[str, ...] = ()
+    #: Of the exchanges that carry a codec, that with the highest preference comes first; those of this package
+    #: have 1 to 4.
+    preference: int = 0
 
     @property
     def name(self) -> str:

@@ -137,4 +137,8 @@ def work(codec: Any, length: int, ranks: int) -> Work:
     return Work({"allreduce": ring_bytes(4 * words, ranks)}, lanes=length)
 
 
-INTSGD = Exchange(intsgd, work)
+def carries(codec: Any) -> bool:
+    return isinstance(codec, IntSGD)
+
+
+INTSGD = Exchange(intsgd, work, carries, preference=4)

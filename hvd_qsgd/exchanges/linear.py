@@ -9,25 +9,15 @@ allreduce, which gives all ranks the same bits.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, Protocol
+from typing import Any
 
+from hvd_qsgd.codecs.base import adds_values
 from hvd_qsgd.exchanges.base import AllReduce, Exchange, Job, Request, Steps, ToHost, Work, is_torch, ring_bytes
-
-
-class LinearKernels(Protocol):
-    """What a codec's kernels offer to ride this exchange."""
-
-    def to_sum(self, x: Any, out: Any, key: int, first: int = 0) -> None:
-        """Write the words that are added up over ranks; ``key`` is the same on all of them."""
-        ...
-
-    def from_sum(self, sums: Any, out: Any, count: int, key: int, first: int = 0) -> None:
-        """The sum of the words of ``count`` ranks, divided by ``count``, as float32."""
-        ...
 
 
 def linear(job: Job) -> Steps:
     """The sum of [1, check bits, words of each piece]."""
+    # SumKernels and SumCodec.
     kernels: Any = job.kernels
     codec: Any = job.codec
     check = job.check_bits("linear")
@@ -74,4 +64,4 @@ def work(codec: Any, length: int, ranks: int) -> Work:
     return Work({"allreduce": sent}, encoded=length, decoded=length)
 
 
-LINEAR = Exchange(linear, work, ("sum_float",))
+LINEAR = Exchange(linear, work, adds_values, ("sum_float",), preference=4)

@@ -177,4 +177,8 @@ def work(codec: Any, length: int, ranks: int) -> Work:
     return Work({"allreduce": ring_bytes(4 * min(factors, length), ranks)}, agreements=1)
 
 
-POWERSGD = Exchange(powersgd, work)
+def carries(codec: Any) -> bool:
+    return isinstance(codec, PowerSGD)
+
+
+POWERSGD = Exchange(powersgd, work, carries, preference=4)

@@ -172,4 +172,8 @@ def work(codec: Codec, length: int, ranks: int) -> Work:
     return Work({"alltoall": sent, "allgather": sent}, encoded=length * (1 + 1 / ranks), decoded=2 * length)
 
 
-SCATTER_GATHER = Exchange(scatter_gather, work, ("alltoall", "allgather"))
+def carries(codec: Codec) -> bool:
+    return codec.encodes and codec.encodes_means and codec.granularity > 0
+
+
+SCATTER_GATHER = Exchange(scatter_gather, work, carries, ("alltoall", "allgather"), preference=2)

@@ -1,20 +1,23 @@
 """Kernels: the same functions as the codecs' NumPy code, faster or on another device.
 
 Each module below offers the codec's kernels class for one backend and must produce the same
-bytes; ``tests/test_kernels.py`` runs the same checker on all of them.
+bytes; ``tests/test_kernels.py`` runs the same checker on all of them. Those of other packages come from entry points
+in the group ``hvd_qsgd.kernels``, named like "numba.qsgd", or from :func:`register`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hvd_qsgd.codecs.base import Codec, Kernels
+from hvd_qsgd.codecs.exchanged import ExchangedCodec, ExchangedKernels
 from hvd_qsgd.codecs.rows import Rows, RowsKernels
 from hvd_qsgd.errors import ConfigError
+from hvd_qsgd.plugins import Registry, class_fault
 
 #: backend -> codec name -> "module:class". A codec without an entry for a backend over NumPy
 #: arrays runs its NumPy code there.
@@ -46,8 +49,6 @@ KERNELS: dict[str, dict[str, str]] = {
         "random_k": "hvd_qsgd.kernels.torch.random_k:RandomKKernels",
         "sign": "hvd_qsgd.kernels.torch.sign:SignKernels",
         "scaled": "hvd_qsgd.kernels.scaled:TorchKernels",
-        "powersgd": "hvd_qsgd.codecs.exchanged:ExchangedKernels",
-        "intsgd": "hvd_qsgd.codecs.exchanged:ExchangedKernels",
     },
     "tensorflow": {
         "qsgd": "hvd_qsgd.kernels.tensorflow.qsgd:QSGDKernels",
@@ -64,6 +65,39 @@ KERNELS: dict[str, dict[str, str]] = {
 }
 #: Whose kernels stand in where a backend has none of its own for a codec: they take the same arrays.
 STAND_INS = {"numba": "numpy", "triton": "torch"}
+AnyKernels = TypeVar("AnyKernels", bound="type[Kernels]")
+
+
+def _fault(name: Any, kernels: Any) -> str:
+    backend, _, codec = str(name).partition(".")
+    if not backend or not codec or backend == "numpy":
+        return 'the name must be a backend other than "numpy", a dot, and the name of a codec, as "numba.qsgd"'
+    return class_fault(Kernels, kernels)
+
+
+#: Kernels of others, by "backend.codec".
+ADDED: Registry[type[Kernels]] = Registry(
+    "hvd_qsgd.kernels",
+    "kernels class",
+    _fault,
+    {},
+    taken=[f"{backend}.{codec}" for backend, codecs in KERNELS.items() for codec in codecs],
+)
+
+
+def register(backend: str, codec: str, kernels: AnyKernels) -> AnyKernels:
+    """Let a class of yours make the kernels of a codec on a backend: it is called with the codec.
+
+    Args:
+        backend: see :func:`kernels_for`; or one of yours, which your arrays name by their attribute ``backend``.
+        codec: the name of the codec.
+        kernels: a class that derives from :class:`hvd_qsgd.codecs.Kernels`.
+
+    Raises:
+        ConfigError: there are others already, or it does not derive from ``Kernels``.
+    """
+    ADDED.register(f"{backend}.{codec}", kernels)
+    return kernels
 
 
 @functools.cache
@@ -74,20 +108,34 @@ def kernels_for(codec: Codec, backend: str) -> Kernels:
     Raises:
         ConfigError: no such backend, or it has no kernels for this codec.
     """
-    if backend not in KERNELS:
-        raise ConfigError(f"Unknown backend {backend!r}; known are {', '.join(KERNELS)}.")
+    if backend not in KERNELS and backend not in (added := {name.partition(".")[0] for name in ADDED}):
+        raise ConfigError(f"Unknown backend {backend!r}; known are {', '.join({**KERNELS, **dict.fromkeys(added)})}.")
     name = f"rows of {codec.inner.name}" if isinstance(codec, Rows) else codec.name
-    entry = KERNELS[backend].get(name)
-    if entry is None:
+    kernels = _class_of(backend, name)
+    if kernels is None:
         if isinstance(codec, Rows):
             return RowsKernels(codec, kernels_for(codec.inner, backend))
         if backend == "numpy":
             return codec
+        if isinstance(codec, ExchangedCodec):
+            return ExchangedKernels(codec)
         if backend in STAND_INS:
             return kernels_for(codec, STAND_INS[backend])
         raise ConfigError(f"The codec {codec.name!r} has no {backend} kernels; it runs on the CPU only.")
+    return kernels(codec)
+
+
+ADDED.changed.append(kernels_for.cache_clear)
+
+
+def _class_of(backend: str, codec: str) -> Any:
+    """The class of kernels for the name of a codec, or None."""
+    entry = KERNELS.get(backend, {}).get(codec)
+    if entry is None:
+        # A codec is its own NumPy kernels.
+        return None if backend == "numpy" else ADDED.get(f"{backend}.{codec}")
     module, _, name = entry.partition(":")
-    return getattr(importlib.import_module(module), name)(codec)
+    return getattr(importlib.import_module(module), name)
 
 
 def kernels_of(codec: Codec, array: Any) -> Kernels:

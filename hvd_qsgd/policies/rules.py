@@ -170,7 +170,6 @@ def parse_codec(text: str) -> Codec | None:
     Raises:
         ConfigError: an unknown codec, or arguments that are not plain values or do not fit.
     """
-    known = ", ".join(["none", *sorted(CODECS)])
     try:
         call = ast.parse(text.strip(), mode="eval").body
         name = call.func if isinstance(call, ast.Call) else call
@@ -183,6 +182,7 @@ def parse_codec(text: str) -> Codec | None:
     if name.id == "none" and not isinstance(call, ast.Call):
         return None
     if name.id not in CODECS:
+        known = ", ".join(["none", *sorted(CODECS)])
         raise ConfigError(f"Unknown codec {name.id!r} in {text!r}; known are {known}.")
     try:
         return CODECS[name.id](*arguments, **settings)  # type: ignore[arg-type]

@@ -54,14 +54,11 @@ def check_settings(settings: Mapping[str, Any], gathered: np.ndarray) -> None:
             differences.append(f"rank {rank} has {', '.join(details)}")
     if not differences:
         return
-    if any("framework=" in difference for difference in differences):
-        remedy = "A job cannot mix frameworks: start one job for each."
-    else:
-        remedy = "All ranks must run the same model with the same compressor settings."
     shown = {name: value for name, value in own.items() if not isinstance(value, list)}
     raise ExchangeError(
         f"The ranks have different settings, or other tensors to compress. This one has {shown}, but "
-        f"{'; '.join(differences[:4])}{' ...' if len(differences) > 4 else ''}. {remedy}"
+        f"{'; '.join(differences[:4])}{' ...' if len(differences) > 4 else ''}. All ranks must run the "
+        f"same model with the same compressor settings."
     )
 
 

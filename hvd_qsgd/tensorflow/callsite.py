@@ -17,9 +17,11 @@ from typing import Any
 
 import horovod.tensorflow as hvd
 import tensorflow as tf
+from horovod.tensorflow.mpi_ops import _normalize_name
 from tensorflow.python.ops.control_flow_v2_func_graphs import WhileBodyFuncGraph
 
 from hvd_qsgd.errors import UnsupportedError
+from hvd_qsgd.tensorflow.preflight import Meeting
 
 #: Frames to look through: tf.cond and autograph put some forty between Horovod's functions.
 DEPTH = 200
@@ -41,6 +43,7 @@ class CallSite:
         graph: where all tensors are at hand; None where nothing is traced.
         grouped: whether the result goes into a grouped allreduce, whose tensors share a type.
         marker: an object that is the same for all tensors of this call and for no other call.
+        meeting: where the ranks that make this call compare what they mean.
     """
 
     process_set: Any
@@ -51,6 +54,7 @@ class CallSite:
     graph: Any
     grouped: bool
     marker: Any
+    meeting: Meeting
 
 
 def find_call_site(tensor: tf.Tensor) -> CallSite:
@@ -103,6 +107,7 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
             members, variables = list(marker), list(gradients["vars"])
             graph = graph and graph.outer_graph
         names = [variable.name.partition(":")[0] for variable in variables]
+    meeting = _meeting(caller, tensor) if marker is tensor else Meeting()
     dense = [i for i, member in enumerate(members) if member is not None and not isinstance(member, tf.IndexedSlices)]
     return CallSite(
         process_set=caller["process_set"],
@@ -113,7 +118,16 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
         graph=graph,
         grouped=grouped,
         marker=marker,
+        meeting=meeting,
     )
+
+
+def _meeting(caller: dict[str, Any], tensor: Any) -> Meeting:
+    """Of a tensor that is handed in alone: as Horovod names its own operation, which has no name outside of graphs."""
+    name = caller["name"] or "HorovodAllreduce"
+    if caller["name"] is None and not tf.executing_eagerly():
+        name = f"HorovodAllreduce_{_normalize_name(tf.convert_to_tensor(tensor).name)}"
+    return Meeting(name, caller["ignore_name_scope"])
 
 
 def _horovod_frames() -> Iterator[tuple[str, FrameType]]:

@@ -31,16 +31,15 @@ from hvd_qsgd.collectives.horovod_tensorflow import HorovodCollectives
 from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
 from hvd_qsgd.compressors.settings import Settings
 from hvd_qsgd.errors import ConfigError, UnsupportedError
-from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange
-from hvd_qsgd.exchanges.base import AllGather
+from hvd_qsgd.exchanges import AUTO, EXCHANGES, choose_exchange, exchanges_for
 from hvd_qsgd.kernels import kernels_for
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.policies import Tensor
-from hvd_qsgd.reduction.agreement import check_settings, settings_message
 from hvd_qsgd.reduction.memory import NAMED, group_text
 from hvd_qsgd.tensorflow.backends import HOST, Backend, Device, device_of, is_accelerator
 from hvd_qsgd.tensorflow.callsite import CallSite, check_not_compiled, find_call_site, in_loop
-from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan
+from hvd_qsgd.tensorflow.plan import Departure, Entry, Plan, after
+from hvd_qsgd.tensorflow.preflight import Preflight
 from hvd_qsgd.tuning.auto import Advisor
 from hvd_qsgd.tuning.cost import UNCOMPRESSED, Decision
 
@@ -93,19 +92,16 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     own, so every rank must write a checkpoint, under a name of its own.
     """
 
-    framework = "tensorflow"
-
     def __init__(self, codec: Codec, *, kernels: str = "auto", **settings: Unpack[Settings]) -> None:
         if tf.inside_function() and not tf.executing_eagerly():
             raise ConfigError(
                 f"{type(self).__name__} was made while a tf.function was traced. Each trace would begin without "
-                f"residuals, and a rank that traces anew by itself would wait for others to compare settings. Make it "
-                f"outside of the function."
+                f"residuals. Make it outside of the function."
             )
         # Before the monitor is told of this compressor.
         check_choice(type(self).__name__, "kernels", kernels, ("auto", "numba", "tensorflow"))
         super().__init__(codec, **settings)
-        if not isinstance(codec, Codec) or not all(EXCHANGES[name].phases for name in codec.exchanges):
+        if not isinstance(codec, Codec) or not any(EXCHANGES[name].phases for name in exchanges_for(codec)):
             raise ConfigError(
                 f"{codec} is for torch only. With TensorFlow, use one codec for all tensors, other than PowerSGD and "
                 f"IntSGD."
@@ -118,7 +114,6 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
     def _begin(self, monitor: Monitor | None = None) -> None:
         super()._begin(monitor)
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._gradient_plans = 0
         self._call: Call | None = None
         self._advisor = Advisor()
         self._lock = threading.Lock()
@@ -142,26 +137,25 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
 
         Raises:
             UnsupportedError: the caller wants what compression cannot do correctly.
-            ExchangeError: the ranks have different settings.
+            ExchangeError: the ranks have different settings, or other tensors. In a graph it is raised when that runs.
         """
         site = find_call_site(tensor)
-        if not site.process_set.included():
-            # Horovod traces what only the ranks of the process set will run.
+        if not site.process_set.included() or site.process_set.process_set_id is None:
+            # Horovod traces what only the ranks of the process set will run, and refuses a set that was removed.
             return tensor, None
         ticket = self._ticket(site, tensor)
         tensor = ticket.tensor
         if ticket.plan.entries[ticket.index].bypass:
+            if site.meeting.name is None and not tf.executing_eagerly():
+                # Where a rank finds that they differ, all wait for what it has begun.
+                tensor = after(ticket.departure.token, tensor)
             # Horovod cannot reduce bfloat16.
             return (tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor), Unchanged(tensor.dtype)
         dtype = tf.float64
         if site.grouped:
             # Horovod wants the tensors of a group to be of one type.
             dtype = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
-        if in_loop():
-            # Turns may run at the same time, and Horovod takes a name once at a time.
-            return tf.ones([], dtype), ticket
-        # No constant: what follows from constants TensorFlow computes when it optimizes the graph, Horovod's allreduce
-        # included, and so a rank that retraces would wait for others, which do not.
+        # No constant, which TensorFlow would have reduced while it optimizes the graph, as in Plan.
         return tf.cast(ticket.departure.token >= 0, dtype), ticket
 
     @class_or_instance
@@ -172,7 +166,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
             return tf.cast(tensor, context.dtype)
         if not isinstance(context, Ticket):
             return tensor
-        mean = context.plan.land(context.index, context.departure, tf.cast(tensor, tf.float64))
+        carrier = tf.cast(tensor, tf.float64)
+        # Turns of a loop may run at the same time, and Horovod takes the name of a carrier once at a time.
+        mean = context.plan.land(context.index, context.departure, carrier, ordered=in_loop())
         shape = context.plan.entries[context.index].shape
         return undifferentiable(context.tensor, tf.reshape(tf.cast(mean, context.tensor.dtype), shape))
 
@@ -226,10 +222,10 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         """Start the exchange of all tensors of a call."""
         plan = self._plan(site)
         if site.graph is None:
-            departure = plan.depart(site.tensors)
+            departure = plan.depart(site.tensors, site.meeting)
         else:
             with site.graph.as_default():
-                departure = plan.depart(site.tensors)
+                departure = plan.depart(site.tensors, site.meeting)
         tickets: dict[int, list[Ticket]] = {}
         for index, (handed, tensor) in enumerate(zip(site.handed, site.tensors)):
             tickets.setdefault(id(handed), []).append(Ticket(tensor, plan, index, departure))
@@ -240,8 +236,9 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         keys = self._keys(site)
         entries = [self._entry(site, i, key) for i, key in enumerate(keys)]
         device = self._device(site, entries)
-        key = (process_set.process_set_id, process_set.size(), device, tuple(entries))
+        key = (process_set, process_set.process_set_id, process_set.size(), device, tuple(entries))
         if key not in self._plans:
+            self._plans = {key: plan for key, plan in self._plans.items() if plan.alive}
             with tf.init_scope():
                 self._plans[key] = self._make_plan(site, entries, HOST if device is None else Device(device))
         return self._plans[key]
@@ -295,44 +292,45 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
                 "hvd.allreduce was called without a name, and error feedback keeps a residual for each name. "
                 "Pass name=, or a compressor with error_feedback=False."
             )
-        return Entry(key, dims, tensor.dtype.size, reason)
+        return Entry(key, dims, tensor.dtype.name, reason)
 
     def _make_plan(self, site: CallSite, entries: Sequence[Entry], backend: Backend) -> Plan:
         check_not_compiled()
         compressed = [entry for entry in entries if not entry.bypass]
         exchange = choose_exchange(self.exchange, self.codec, site.process_set.size())
-        name = entries[0].key
-        if site.variables is not None:
-            name = str(self._gradient_plans)
-            self._gradient_plans += 1
-        # What Horovod reduces needs no agreement, but of gradients a rank may compress some and another one none.
-        if compressed or site.variables is not None:
-            self._agree(f"settings.{name}", compressed, site.process_set)
+        settings = {**self._settings([]), "tensors": list(map(str, entries))}
+        preflight = Preflight(settings, site.process_set)
         if compressed and self.exchange == AUTO:
-            decision = self._decide(site.process_set, compressed, backend)
-            self._stats.decisions[name] = str(decision)
+            decision = self._decide(site, compressed, backend, preflight)
+            self._stats.decisions[compressed[0].key] = str(decision)
             exchange = decision.exchange
             if exchange == UNCOMPRESSED:
                 reason = f'exchange="auto": {decision}'
                 entries = [replace(entry, bypass=entry.bypass or reason) for entry in entries]
+        if compressed and exchange != UNCOMPRESSED and not EXCHANGES[exchange].phases:
+            raise ConfigError(
+                f"The exchange {exchange!r} is for torch only: it does not say its phases, of which TensorFlow builds "
+                f"the graph. Choose another one with exchange=."
+            )
         # 0 stands for all cores.
         self._use_threads(hvd.local_size(), tf.config.threading.get_intra_op_parallelism_threads() or sys.maxsize)
-        return Plan(self, entries, site.process_set, exchange, backend)
+        return Plan(self, entries, site.process_set, exchange, backend, preflight)
 
-    def _agree(self, name: str, compressed: Sequence[Entry], process_set: Any) -> None:
-        """Compare settings: all ranks trace the same, so they meet here before any result."""
-        settings = self._settings(compressed)
-        request = AllGather(f"set{process_set.process_set_id}.{name}", settings_message(settings))
-        check_settings(settings, HorovodCollectives(process_set).start(request).result())
+    def _decide(self, site: CallSite, compressed: Sequence[Entry], backend: Backend, preflight: Preflight) -> Decision:
+        """Choose an exchange.
 
-    def _decide(self, process_set: Any, compressed: Sequence[Entry], backend: Backend) -> Decision:
-        """Choose an exchange, with nothing else on the network while the graph is traced."""
+        The first time ranks meet and measure, with nothing else on the network while the graph is traced; later a rank
+        decides by itself, from what was measured.
+        """
         elements = sum(entry.elements for entry in compressed)
+        kernels, collectives = backend.kernels(self.codec), HorovodCollectives(site.process_set)
+        if not self._advisor.knows(kernels, collectives):
+            preflight.check(site.meeting.attend(preflight.words, site.graph, site.process_set))
         return self._advisor.decide(
-            backend.kernels(self.codec),
-            HorovodCollectives(process_set),
+            kernels,
+            collectives,
             backend.empty,
-            f"set{process_set.process_set_id}",
+            f"set{site.process_set.process_set_id}",
             elements,
             -(-elements // self.fusion_elements),
         )

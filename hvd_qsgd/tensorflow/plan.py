@@ -33,6 +33,7 @@ from hvd_qsgd.reduction.buffers import Buffers
 from hvd_qsgd.reduction.fusion import Slice, plan_bundles
 from hvd_qsgd.tensorflow.backends import HOST, Backend
 from hvd_qsgd.tensorflow.floats import with_subnormals
+from hvd_qsgd.tensorflow.preflight import Meeting, Preflight
 
 if TYPE_CHECKING:
     from hvd_qsgd.tensorflow.compressor import Compressor
@@ -43,11 +44,16 @@ MOST_RUNS = 16
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a plan; ``bypass`` says why it is left to Horovod, if it is."""
+    """A tensor of a plan.
+
+    Attributes:
+        key: by which all ranks know it, and this one what it remembers of it.
+        bypass: why it is left to Horovod, if it is.
+    """
 
     key: str
     shape: tuple[int, ...]
-    element_size: int
+    dtype: str
     bypass: str = ""
 
     @property
@@ -55,8 +61,17 @@ class Entry:
         return math.prod(self.shape)
 
     @property
+    def element_size(self) -> int:
+        return int(tf.as_dtype(self.dtype).size)
+
+    @property
     def described(self) -> Tensor:
         return Tensor(self.key, self.shape)
+
+    def __str__(self) -> str:
+        """What all ranks must agree on."""
+        described = f"{self.dtype} {self.shape}"
+        return f"{described}, left to Horovod" if self.bypass else f"{self.key} {described}"
 
 
 @dataclass
@@ -140,6 +155,16 @@ def independent(output: tf.Tensor) -> tf.Tensor:
     return output
 
 
+def after(token: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
+    """``tensor``, from when there is a token on.
+
+    It does not follow from constants, not even if ``tensor`` does (see :meth:`Plan.depart`).
+    """
+    later = tf.reshape(tensor, tf.maximum(tf.shape(tensor), tf.cast(tf.minimum(token, 0), tf.int32)))
+    later.set_shape(tensor.shape)
+    return later
+
+
 class Plan:
     """The exchange of some tensors, whenever its operations run.
 
@@ -149,15 +174,24 @@ class Plan:
         process_set: whose ranks take part.
         exchange: a name in EXCHANGES.
         backend: what encodes, and where.
+        preflight: what all ranks must agree on.
     """
 
     def __init__(
-        self, compressor: Compressor, entries: Sequence[Entry], process_set: Any, exchange: str, backend: Backend
+        self,
+        compressor: Compressor,
+        entries: Sequence[Entry],
+        process_set: Any,
+        exchange: str,
+        backend: Backend,
+        preflight: Preflight,
     ) -> None:
         self.entries = entries
         self.compressed = [i for i, entry in enumerate(entries) if not entry.bypass]
         self.exchange = exchange
         self.process_set = process_set
+        self._process_set_id = process_set.process_set_id
+        self._preflight = preflight
         self._compressor = compressor
         self._backend = backend
         self._kernels = backend.kernels(compressor.codec)
@@ -172,6 +206,11 @@ class Plan:
         #: Memory of the means of the last run, for the next one.
         self._outs: dict[int, Any] = {}
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process set is the one it was: Horovod gives its id to another one when it is removed."""
+        return bool(self.process_set.process_set_id == self._process_set_id)
+
     def _make_bundles(self) -> list[Bundle]:
         index_of = {self.entries[i].key: i for i in self.compressed}
         # Last layers first: their gradients come first.
@@ -180,32 +219,48 @@ class Plan:
         compressor = self._compressor
         for slices in plan_bundles(lengths, compressor.codec.granularity, compressor.fusion_elements):
             first = slices[0]
-            name = f"set{self.process_set.process_set_id}.{first.name}.{first.start}.{len(slices)}"
+            name = f"set{self._process_set_id}.{first.name}.{first.start}.{len(slices)}"
             bundles.append(Bundle(slices, [index_of[part.name] for part in slices], name, self._backend))
         return bundles
 
     # -- building the graph -----------------------------------------------------------------
 
-    def depart(self, tensors: Sequence[tf.Tensor]) -> Departure:
+    def depart(self, tensors: Sequence[tf.Tensor], meeting: Meeting) -> Departure:
         """Add the exchange to the current graph, or run it if there is none."""
         if tf.executing_eagerly():
-            token, *ended = self._function([tensors[i] for i in self.compressed])
-            return Departure(token, ended)
-        return self._emit({i: tensors[i] for i in self.compressed})
+            token = tf.constant(self._begin(*self._meet(meeting)))
+            return Departure(token, self._function(token, *(tensors[i] for i in self.compressed)))
+        with HOST.place():
+            token = independent(HOST.call(self._begin, self._meet(meeting), tf.int64))
+            token.set_shape(())
+        return Departure(token, self._emit(token, {i: tensors[i] for i in self.compressed}))
+
+    def _meet(self, meeting: Meeting) -> list[tf.Tensor]:
+        """What :meth:`_begin` gets; nothing where Horovod itself compares all that is sent."""
+        if not self.compressed and meeting.name is not None:
+            return []
+        if tf.executing_eagerly():
+            return [meeting.emit(tf.constant(self._announce()), self.process_set)]
+        # No constant: what follows from constants TensorFlow computes when it optimizes the graph, Horovod's allreduce
+        # included, and so a rank that retraces would wait for others, which do not.
+        words = independent(HOST.call(self._announce, [], tf.int32))
+        words.set_shape([2])
+        return [meeting.emit(words, self.process_set)]
 
     @cached_property
-    def _function(self) -> Callable[[list[tf.Tensor]], list[tf.Tensor]]:
-        def run(tensors: list[tf.Tensor]) -> list[tf.Tensor]:
-            departure = self._emit(dict(zip(self.compressed, tensors)))
-            return [departure.token, *departure.ended]
+    def _function(self) -> Callable[..., list[tf.Tensor]]:
+        def run(token: tf.Tensor, *tensors: tf.Tensor) -> list[tf.Tensor]:
+            return self._emit(token, dict(zip(self.compressed, tensors)))
 
-        function: Callable[[list[tf.Tensor]], list[tf.Tensor]] = tf.function(run, autograph=False)
-        return function
+        kinds = [tf.TensorSpec(entry.shape, entry.dtype) for entry in (self.entries[i] for i in self.compressed)]
+        # One trace is all that there is, and TensorFlow must not count it with those of other plans.
+        traced: Callable[..., list[tf.Tensor]] = tf.function(run, autograph=False).get_concrete_function(
+            tf.TensorSpec([], tf.int64), *kinds
+        )
+        return traced
 
-    def _emit(self, tensors: dict[int, tf.Tensor]) -> Departure:
-        with HOST.place():
-            token = independent(HOST.call(self._begin, [], tf.int64))
-            token.set_shape(())
+    def _emit(self, token: tf.Tensor, tensors: dict[int, tf.Tensor]) -> list[tf.Tensor]:
+        """What comes when the exchange of each bundle has ended."""
         with self._backend.place():
             flat = {i: tf.reshape(tf.cast(tensor, tf.float32), [-1]) for i, tensor in tensors.items()}
             ended = []
@@ -221,28 +276,45 @@ class Plan:
                     arrays = self._backend.call(partial(self._resume, number, phase), [token, *outputs], types)
                     independent(arrays[0])
                 ended.append(arrays[0])
-        return Departure(token, ended)
+        return ended
 
-    def land(self, index: int, departure: Departure, carrier: tf.Tensor) -> tf.Tensor:
-        """The mean of a tensor times the reduced carrier: float32, flat."""
+    def land(self, index: int, departure: Departure, carrier: tf.Tensor, ordered: bool) -> tf.Tensor:
+        """The mean of a tensor times the reduced carrier: float32, flat.
+
+        Args:
+            ordered: let TensorFlow begin nothing that has effects, and comes later, before this.
+        """
         if tf.executing_eagerly():
             return tf.convert_to_tensor(self._land(index, departure.token.numpy(), carrier.numpy()))
         awaited = [end for end, bundle in zip(departure.ended, self._bundles) if index in bundle.members]
         with self._backend.place():
             inputs = [departure.token, carrier, *awaited]
-            # Without effects besides, lest the tf.cond that Horovod puts around it waits for that of another gradient.
-            mean = self._backend.call(partial(self._land, index), inputs, tf.float32, stateful=False)
+            # Else without effects besides, lest the tf.cond that Horovod puts around it waits for that of another
+            # gradient.
+            mean = self._backend.call(partial(self._land, index), inputs, tf.float32, stateful=ordered)
             mean.set_shape([self.entries[index].elements])
             return mean
 
     # -- what the operations do ---------------------------------------------------------------
 
-    def _begin(self) -> np.int64:
+    def _announce(self) -> np.ndarray:
+        """What this rank says to the others before a run."""
+        if not self.alive:
+            raise ExchangeError(
+                f"A process set was removed since this graph was traced for it, and another one may have its id "
+                f"{self._process_set_id} by now. Make the tf.function anew with the new process set."
+            )
         if self._collectives.ranks != self._ranks:
             raise ExchangeError(
                 f"There are {self._collectives.ranks} ranks, and this graph was traced for {self._ranks}. "
                 f"Make the tf.function anew after the number of ranks has changed."
             )
+        return self._preflight.words
+
+    def _begin(self, *largest: Any) -> np.int64:
+        """Begin a run, after all ranks have said what they mean."""
+        for words in largest:
+            self._preflight.check(np.asarray(words))
         measured = self._compressor._measured([entry.key for entry in self.entries])
         for entry in self.entries:
             if entry.bypass:
@@ -277,6 +349,7 @@ class Plan:
                 keep_error=passage.corrected is not None or passage.measured,
                 shape=self.entries[index].shape,
                 memory=self._compressor.memory.of_codec(part.name),
+                dtype=self.entries[index].dtype,
             )
             pieces.append((passage, piece))
         job = Job(

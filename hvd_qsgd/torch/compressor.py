@@ -145,8 +145,6 @@ class Compressor(CompressorBase):
         ConfigError: a value is out of range, or the settings do not go together.
     """
 
-    framework = "torch"
-
     def __init__(self, codec: Codec | Policy, *, progress_thread: bool = False, **settings: Unpack[Settings]) -> None:
         super().__init__(codec, **settings)
         self.progress_thread = progress_thread

@@ -19,6 +19,10 @@ class Advisor:
         #: By process set, not by its id: Horovod gives the id of one that was removed to the next.
         self._costs: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Costs]] = weakref.WeakKeyDictionary()
 
+    def knows(self, kernels: Kernels, collectives: OfProcessSet) -> bool:
+        """Whether a decision needs no measurement any more."""
+        return (kernels, collectives.ranks) in self._costs.get(collectives.process_set, {})
+
     def decide(
         self,
         kernels: Kernels,

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from hvd_qsgd.codecs.base import Codec, Kernels
-from hvd_qsgd.exchanges import EXCHANGES
+from hvd_qsgd.codecs.base import Codec, Kernels, adds_in_lanes
+from hvd_qsgd.exchanges import EXCHANGES, exchanges_for
 from hvd_qsgd.exchanges.base import AllGather, AllReduce, AllToAll, Empty, Request, Work, ring_bytes
 
 #: Horovod's own allreduce, in predictions and decisions.
@@ -142,7 +142,7 @@ def measure_codec(kernels: Kernels, empty: Empty) -> tuple[float, float, float]:
     size = kernels.encode_into(x, payload)
     encode = median_time(lambda: kernels.encode_into(x, payload), payload) / length
     decode = median_time(lambda: kernels.decode_into(payload[:size], out), out) / length
-    if "allreduce" not in codec.exchanges:
+    if not adds_in_lanes(codec):
         return encode, decode, 0.0
     lanes_kernels: Any = kernels
     agreed = empty(codec.agreement_length(length), "int32")
@@ -192,8 +192,9 @@ def decide(costs: Costs, codec: Codec, elements: int, ranks: int, bundles: int =
 
     The arguments are those of :meth:`Costs.predict`.
     """
-    names = [UNCOMPRESSED, *codec.exchanges]
+    carrying = exchanges_for(codec)
+    names = [UNCOMPRESSED, *carrying]
     predicted = {name: costs.predict(name, codec, elements, ranks, bundles, hidden) for name in names}
-    best = min(codec.exchanges, key=lambda name: predicted[name])
+    best = min(carrying, key=lambda name: predicted[name])
     worth_it = predicted[best] < (1 - MARGIN) * predicted[UNCOMPRESSED]
     return Decision(best if worth_it else UNCOMPRESSED, predicted)

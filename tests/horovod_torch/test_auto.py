@@ -88,6 +88,23 @@ def test_it_does_what_it_decided(monkeypatch: pytest.MonkeyPatch, costs: Costs, 
     assert ("first" in compressor.stats().bypassed) == (costs is FAST)
 
 
+def test_it_decides_anew_after_replan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that have come to an elastic job know nothing of what was decided before."""
+    parameters, x = make_parameters(SHAPES), dyadic((60, 60))
+    compressor = QSGDCompressor(exchange="auto")
+    optimizer = make_optimizer(parameters, compressor)
+    for costs, decided in ((SLOW, False), (FAST, True)):
+        assume(monkeypatch, costs)
+        compressor.replan()
+        for step in range(REHEARSALS + 1):
+            reduce_gradients(optimizer, parameters, make_gradients(parameters, step))
+            assert (compressor.stats().tensors["0/first"].exchange == "") == (decided or step < REHEARSALS)
+            apply_gradients(optimizer)
+        hvd.allreduce(x, name="x", compression=compressor)
+        for what in ("optimizer 0", "x"):
+            assert ("compression is off" in compressor.stats().decisions[what]) == decided
+
+
 def test_error_feedback_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is decided, the first steps leave no residual that later ones would have to carry."""
     for costs in (SLOW, FAST):

@@ -16,6 +16,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from hvd_qsgd import QSGD
 from hvd_qsgd.errors import ExchangeError, UnsupportedError
+from hvd_qsgd.exchanges import exchanges_for
 from hvd_qsgd.torch import (
     Compressor,
     IdentityCompressor,
@@ -41,7 +42,7 @@ OTHERS = {
     "left to Horovod, like a carrier": torch.ones(1, dtype=torch.float64),
 }
 COMPRESSORS: list[Compressor] = [
-    *(QSGDCompressor(exchange=exchange) for exchange in QSGD.exchanges),
+    *(QSGDCompressor(exchange=exchange) for exchange in exchanges_for(QSGD())),
     TopKCompressor(error_feedback=False),
     PowerSGDCompressor(2, error_feedback=False),
     RandomKCompressor(error_feedback=False),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import horovod.torch as hvd
 import pytest
@@ -21,10 +22,12 @@ from rank_checks import (
     train,
 )
 
-from hvd_qsgd import Sign
+from hvd_qsgd import Sign, codecs, exchanges, feedback
 from hvd_qsgd.errors import ConfigError, UnsupportedError
-from hvd_qsgd.feedback import MomentumCorrection
+from hvd_qsgd.exchanges import EXCHANGES, Exchange, Job, Steps
+from hvd_qsgd.feedback import ErrorFeedback, MomentumCorrection
 from hvd_qsgd.torch import (
+    Compressor,
     DGCCompressor,
     EliasQSGDCompressor,
     GlobalTopKCompressor,
@@ -36,6 +39,27 @@ from hvd_qsgd.torch import (
     ThresholdTopKCompressor,
 )
 
+
+@codecs.register
+@dataclass(frozen=True)
+class OwnCodec(Sign):
+    name: ClassVar[str] = "own_sign"
+
+
+@feedback.register
+class OwnFeedback(ErrorFeedback):
+    name: ClassVar[str] = "own_feedback"
+
+
+def own_gather(job: Job) -> Steps:
+    yield from EXCHANGES["allgather"](job)
+
+
+def carries(codec: Any) -> bool:
+    return isinstance(codec, OwnCodec)
+
+
+exchanges.register(Exchange(own_gather, EXCHANGES["allgather"].work, carries, preference=9))
 SHAPES = {"first": (40, 50), "bias": (50,), "second": (30, 41)}
 MAKERS: list[Any] = [
     SignCompressor,
@@ -45,6 +69,7 @@ MAKERS: list[Any] = [
     EliasQSGDCompressor,
     lambda: EliasQSGDCompressor(scaled=True),
     lambda: EliasQSGDCompressor(exchange="scatter_gather"),
+    lambda: Compressor(OwnCodec(64), error_feedback=OwnFeedback()),
     lambda: RowTopKCompressor(0.1, 64, exchange="scatter_gather"),
     lambda: GlobalTopKCompressor(0.1),
     lambda: ThresholdTopKCompressor(0.1, method="sample"),
@@ -59,6 +84,7 @@ def test_ranks_agree_bytes_are_saved_and_a_resumed_run_equals_an_uninterrupted_o
     def check(compressor: Any) -> None:
         compressed = [r for r in compressor.stats().tensors.values() if not r.bypassed]
         assert len(compressed) == 2
+        assert {r.exchange == "own_gather" for r in compressed} == {"OwnCodec" in compressed[0].codec}
         assert sum(r.wire_bytes for r in compressed) < 0.7 * sum(r.uncompressed_wire_bytes for r in compressed)
 
     check_resumes(make, SHAPES, check)

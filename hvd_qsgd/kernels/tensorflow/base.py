@@ -11,6 +11,7 @@ scale is below 2^-100 may get other bytes than from NumPy.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,24 @@ from hvd_qsgd.codecs.base import Codec, Kernels, combine
 from hvd_qsgd.kernels.tensorflow.array import like, tensor_of
 
 MASK32 = 0xFFFFFFFF
+
+
+class Compiled:
+    """A function of tensors and other values that XLA compiles for each shape, type and value.
+
+    TensorFlow would warn of a ``tf.function`` that is traced for many shapes, as of a mistake.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = tf.function(function, jit_compile=True, autograph=False)
+        self._traces: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        key = tuple((tuple(x.shape), x.dtype) if tf.is_tensor(x) else x for x in arguments)
+        if key not in self._traces:
+            kinds = [tf.TensorSpec(x.shape, x.dtype) if tf.is_tensor(x) else x for x in arguments]
+            self._traces[key] = self._function.get_concrete_function(*kinds)
+        return self._traces[key](*(x for x in arguments if tf.is_tensor(x)))
 
 
 @dataclass(frozen=True)
@@ -45,12 +64,12 @@ class TensorFlowKernels(Kernels):
     @cached_property
     def compiled_encode(self) -> Any:
         """:meth:`encode`, compiled by XLA."""
-        return tf.function(self.encode, jit_compile=True, autograph=False)
+        return Compiled(self.encode)
 
     @cached_property
     def compiled_decode(self) -> Any:
         """:meth:`decode`, compiled by XLA."""
-        return tf.function(self.decode, jit_compile=True, autograph=False)
+        return Compiled(self.decode)
 
     def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:
         payload = self.compiled_encode(tensor_of(x), key_halves(key), tf.constant(first, tf.int64))

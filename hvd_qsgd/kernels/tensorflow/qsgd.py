@@ -14,7 +14,7 @@ from hvd_qsgd.codecs.bits import planes_size
 from hvd_qsgd.codecs.qsgd import FRACTION_BITS, INFINITY_BITS, NORM_LANES, QSGD, TINY
 from hvd_qsgd.codecs.random_words import MULTIPLIER_1, MULTIPLIER_2
 from hvd_qsgd.kernels.tensorflow.array import like, tensor_of
-from hvd_qsgd.kernels.tensorflow.base import TensorFlowKernels, bytes_of, key_halves, values_of
+from hvd_qsgd.kernels.tensorflow.base import Compiled, TensorFlowKernels, bytes_of, key_halves, values_of
 from hvd_qsgd.kernels.tensorflow.bits import pack_planes, unpack_planes
 
 shift_right = tf.bitwise.right_shift
@@ -141,15 +141,15 @@ class QSGDKernels(TensorFlowKernels):
 
     @cached_property
     def compiled_agree(self) -> Any:
-        return tf.function(self.agree, jit_compile=True, autograph=False)
+        return Compiled(self.agree)
 
     @cached_property
     def compiled_to_lanes(self) -> Any:
-        return tf.function(self.lanes, jit_compile=True, autograph=False)
+        return Compiled(self.lanes)
 
     @cached_property
     def compiled_from_lanes(self) -> Any:
-        return tf.function(self.values, jit_compile=True, autograph=False)
+        return Compiled(self.values)
 
     def _rows(self, x: tf.Tensor) -> Iterator[tuple[tf.Tensor, int]]:
         """The full buckets, then the tail: (rows, number of the first bucket)."""

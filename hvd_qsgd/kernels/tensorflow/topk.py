@@ -14,7 +14,7 @@ from hvd_qsgd.codecs.base import Kernels
 from hvd_qsgd.codecs.readback import Looks
 from hvd_qsgd.codecs.topk import INFINITY_BITS, TopK
 from hvd_qsgd.kernels.tensorflow.array import tensor_of
-from hvd_qsgd.kernels.tensorflow.base import all_finite
+from hvd_qsgd.kernels.tensorflow.base import Compiled, all_finite
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TopKKernels(Kernels):
     @cached_property
     def compiled_largest(self) -> Any:
         """:meth:`largest`, compiled by XLA."""
-        return tf.function(self.largest, jit_compile=True, autograph=False)
+        return Compiled(self.largest)
 
     def encode_into(self, x: Any, out: Any, key: int = 0, first: int = 0) -> int:
         if not len(x):
