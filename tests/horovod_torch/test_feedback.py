@@ -215,6 +215,9 @@ def test_gradients_that_are_dropped_leave_no_trace(make: Any, set_to_none: bool)
                         assert_equal(torch.as_tensor(after[part][name]), torch.as_tensor(before[part][name]))
                 for parameter in parameters.values():
                     parameter.grad = None if set_to_none else parameter.grad.zero_()
+                if dropped == 71:
+                    # As an elastic job does that is interrupted here: what is loaded has nothing to be dropped.
+                    compressor.load_state_dict(after)
             train(optimizer, parameters, [seed])
             optimizer.zero_grad()
         state = compressor.state_dict()
