@@ -124,3 +124,5 @@ class Feedback(ABC):
                     f"Use the feedback of the saved run."
                 )
             self.stores[kind].put(name, array)
+            # Of what was loaded nothing can be dropped: it is what the gradients before have left.
+            self.stores[kind].settle(name)

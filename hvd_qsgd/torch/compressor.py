@@ -116,6 +116,14 @@ class OptimizerState:
     #: Of exchange="auto".
     rehearsal: Rehearsal = field(default_factory=Rehearsal)
     decision: Decision | None = None
+    #: The gradients that came last, by name.
+    gradients: dict[str, weakref.ref[torch.Tensor]] = field(default_factory=dict)
+
+    def is_again(self, site: CallSite) -> bool:
+        """Whether a result of ``synchronize()`` comes once more, and not one that the program has put in its place."""
+        last = self.gradients.get(site.name)
+        self.gradients[site.name] = weakref.ref(site.parameter.grad)
+        return site.again and last is not None and last() is site.parameter.grad
 
 
 class TorchSettings(Settings, total=False):
@@ -188,7 +196,7 @@ class Compressor(CompressorBase):
         state = self._state_of(site)
         described = self._described(site, tensor, state)
         key = described.key
-        if site.again:
+        if state is not None and state.is_again(site):
             # All ranks hold the same bits. Compressing them once more would lose accuracy and spoil the residuals.
             return carrier_for(site, tensor), Again(tensor)
         if not_applied(site.optimizer):
