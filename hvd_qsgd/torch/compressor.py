@@ -23,7 +23,7 @@ from hvd_qsgd.compressors.base import CompressorBase, class_or_instance
 from hvd_qsgd.compressors.settings import Settings
 from hvd_qsgd.errors import ConfigError, ExchangeError, UnsupportedError
 from hvd_qsgd.exchanges import AUTO, Piece
-from hvd_qsgd.kernels.torch.untraced import untraced
+from hvd_qsgd.kernels.torch.untraced import out_of_inference, untraced
 from hvd_qsgd.observe.monitor import Monitor
 from hvd_qsgd.observe.probe import Probe
 from hvd_qsgd.policies import Fixed, Policy, Tensor
@@ -176,7 +176,7 @@ class Compressor(CompressorBase):
 
     @class_or_instance
     @untraced
-    @torch.inference_mode(False)  # What is kept here is changed in later steps, and Horovod resizes it in its thread.
+    @out_of_inference
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Start the exchange of a gradient; Horovod calls this.
 
@@ -288,7 +288,7 @@ class Compressor(CompressorBase):
 
     @class_or_instance
     @untraced
-    @torch.inference_mode(False)  # What is kept here is changed in later steps, and Horovod resizes it in its thread.
+    @out_of_inference
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """Wait for the exchange and return the reduced gradient; Horovod calls this.
 

@@ -19,7 +19,7 @@ from hvd_qsgd.compressors.base import class_or_instance
 from hvd_qsgd.compressors.settings import SettingsWithoutFeedback
 from hvd_qsgd.errors import UnsupportedError
 from hvd_qsgd.feedback import MomentumCorrection
-from hvd_qsgd.kernels.torch.untraced import untraced
+from hvd_qsgd.kernels.torch.untraced import out_of_inference, untraced
 from hvd_qsgd.policies import WarmUp
 from hvd_qsgd.torch.callsite import CallSite
 from hvd_qsgd.torch.compressor import Compressor
@@ -81,7 +81,7 @@ class DGCCompressor(Compressor):
 
     @class_or_instance
     @untraced
-    @torch.inference_mode(False)
+    @out_of_inference
     def decompress(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
         """See :meth:`Compressor.decompress`."""
         if not isinstance(context, Dense):

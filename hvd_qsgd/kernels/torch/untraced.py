@@ -7,9 +7,10 @@ What comes before and after is compiled.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch._dynamo
 
@@ -25,6 +26,23 @@ def untraced(function: F) -> F:
     """The function, of which nothing is compiled, nor of what it calls."""
     undisturbed: F = torch._dynamo.disable(function)
     return undisturbed
+
+
+def out_of_inference(function: F) -> F:
+    """The function, run outside of ``torch.inference_mode()``, with gradients switched off as they are in it.
+
+    What a compressor keeps is changed in later steps, and Horovod resizes it in its thread. The mode forbids both for
+    tensors that are made in it.
+    """
+
+    @functools.wraps(function)
+    def outside(*arguments: Any, **settings: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*arguments, **settings)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*arguments, **settings)
+
+    return cast(F, outside)
 
 
 def _leave_packages_untraced() -> None:
