@@ -43,6 +43,7 @@ class CallSite:
         graph: where all tensors are at hand; None where nothing is traced.
         grouped: whether the result goes into a grouped allreduce, whose tensors share a type.
         marker: an object that is the same for all tensors of this call and for no other call.
+        reduction: what else the caller asks of Horovod.
         meeting: where the ranks that make this call compare what they mean.
     """
 
@@ -54,6 +55,7 @@ class CallSite:
     graph: Any
     grouped: bool
     marker: Any
+    reduction: str
     meeting: Meeting
 
 
@@ -118,6 +120,8 @@ def find_call_site(tensor: tf.Tensor) -> CallSite:
         graph=graph,
         grouped=grouped,
         marker=marker,
+        reduction=f"{'Sum' if caller['op'] == hvd.Sum else 'Average'}, prescale_factor={caller['prescale_factor']}, "
+        f"postscale_factor={caller['postscale_factor']}",
         meeting=meeting,
     )
 

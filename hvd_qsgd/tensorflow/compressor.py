@@ -236,7 +236,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         keys = self._keys(site)
         entries = [self._entry(site, i, key) for i, key in enumerate(keys)]
         device = self._device(site, entries)
-        key = (process_set, process_set.process_set_id, process_set.size(), device, tuple(entries))
+        key = (process_set, process_set.process_set_id, process_set.size(), site.reduction, device, tuple(entries))
         if key not in self._plans:
             self._plans = {key: plan for key, plan in self._plans.items() if plan.alive}
             with tf.init_scope():
@@ -298,7 +298,7 @@ class Compressor(CompressorBase, tf.train.experimental.PythonState):
         check_not_compiled()
         compressed = [entry for entry in entries if not entry.bypass]
         exchange = choose_exchange(self.exchange, self.codec, site.process_set.size())
-        settings = {**self._settings([]), "tensors": list(map(str, entries))}
+        settings = {**self._settings([]), "op": site.reduction, "tensors": list(map(str, entries))}
         preflight = Preflight(settings, site.process_set)
         if compressed and self.exchange == AUTO:
             decision = self._decide(site, compressed, backend, preflight)

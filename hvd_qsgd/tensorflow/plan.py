@@ -80,6 +80,7 @@ class Flight:
 
     job: Job
     steps: Steps
+    buffers: Buffers
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -120,19 +121,20 @@ class Bundle:
         self.members = members
         self.name = name
         self._backend = backend
-        self._buffers = Buffers(backend.empty)
-        self._busy = False
+        self._free: list[Buffers] = []
 
     def take_buffers(self) -> Buffers:
-        """The bundle's buffers, or new ones if an abandoned run still holds them."""
-        if self._busy:
-            self._buffers = Buffers(self._backend.empty)
-        self._busy = True
-        self._buffers.rewind()
-        return self._buffers
+        """Buffers that no other run holds: a graph may run one plan several times at once."""
+        try:
+            buffers = self._free.pop()
+        except IndexError:
+            return Buffers(self._backend.empty)
+        buffers.rewind()
+        return buffers
 
-    def release_buffers(self) -> None:
-        self._busy = False
+    def give_back(self, buffers: Buffers) -> None:
+        """Keep buffers for another run. Those of abandoned runs never come back."""
+        self._free.append(buffers)
 
 
 @dataclass(frozen=True)
@@ -352,15 +354,16 @@ class Plan:
                 dtype=self.entries[index].dtype,
             )
             pieces.append((passage, piece))
+        buffers = bundle.take_buffers()
         job = Job(
             name=bundle.name,
             pieces=[piece for _, piece in pieces],
             kernels=self._kernels,
             rank=self._collectives.rank,
             ranks=self._ranks,
-            empty=bundle.take_buffers(),
+            empty=buffers,
         )
-        flight = run.flights[number] = Flight(job, start_exchange(self.exchange, job))
+        flight = run.flights[number] = Flight(job, start_exchange(self.exchange, job), buffers)
         for passage, piece in pieces:
             passage.pieces.append((piece, flight))
         request = next(flight.steps)
@@ -392,7 +395,7 @@ class Plan:
             request = flight.steps.send(outcome_of(phase, [self._backend.array(array), *sizes]))
         except StopIteration:
             flight.decode_seconds += time.perf_counter() - begin
-            bundle.release_buffers()
+            bundle.give_back(flight.buffers)
             for index in bundle.members:
                 passage = run.passages[index]
                 with passage.lock:
