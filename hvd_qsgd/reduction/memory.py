@@ -84,7 +84,7 @@ class TensorMemory:
             gc.collect()
         inherited: list[str] = []
         freed: list[str] = []
-        keys = []
+        keys, changed = [], False
         for name, owner in tensors:
             key = self._key(_base(name, group), owner)
             known = self._owners.get(key)
@@ -94,8 +94,11 @@ class TensorMemory:
                     if not inherit:
                         self.forget(key)
                 self._owners[key] = weakref.ref(owner)
+                # Of the same owners, which come in each step, nobody is an heir.
+                changed = True
             keys.append(key)
-        self._find_orphans(inherit)
+        if changed:
+            self._find_orphans(inherit)
         _say_who_took_over(inherited, freed)
         return keys
 
